@@ -1,0 +1,1 @@
+"""Tools that make shards: ingest and its checks."""

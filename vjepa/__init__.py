@@ -1,0 +1,1 @@
+"""The model and how it learns: encoder, predictor, masking, objectives, trainer, hub."""

@@ -1,0 +1,1 @@
+"""Masks as pure functions of step and ordinal, and the door in: Samples -> Batch."""

@@ -1,0 +1,1 @@
+"""Networks: tokenizer, rotary positions, attention backends, encoder, predictor."""

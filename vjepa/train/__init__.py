@@ -1,0 +1,1 @@
+"""How it is learned: trainer, optimizer, schedules, checkpoints, metrics, diagnostics."""
