@@ -1,0 +1,79 @@
+"""The records that travel from the loader to the loss, and the alphabet of their shapes.
+
+Shapes everywhere in this package: `B` clips, `C` channels, `T H W` frames and pixels; token grid `(t, h, w)` with
+`N = t*h*w` tokens in (t, h, w) row-major order; `K` context tokens, `M` masked tokens; `D` encoder width, `P` predictor
+width, `L` supervised levels, `A` attention heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Modality = Literal["video", "image"]
+Grid = tuple[int, int, int]
+MODALITIES: tuple[Modality, ...] = ("video", "image")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(clips: Tensor) -> Tensor:
+    """uint8 clips [B, C, T, H, W] -> float32, with the ImageNet mean and standard deviation, on the clips' device."""
+    if clips.dtype != torch.uint8:
+        raise ValueError(f"normalise takes uint8 clips, got {clips.dtype}: floats are taken as normalised already")
+    mean = torch.tensor(IMAGENET_MEAN, device=clips.device).view(3, 1, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=clips.device).view(3, 1, 1, 1)
+    return (clips.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask for every clip of a batch: disjoint token indices, ascending within a clip."""
+
+    context: Tensor  # [B, K] int64, visible to the context encoder
+    masked: Tensor  # [B, M] int64, to be predicted
+
+    def to(self, device: torch.device) -> Mask:
+        return Mask(self.context.to(device, non_blocking=True), self.masked.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Mask:
+        return Mask(self.context.pin_memory(), self.masked.pin_memory())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one modality."""
+
+    modality: Modality
+    step: int
+    ordinals: tuple[int, ...]  # places in the run's global order, one per clip
+    keys: tuple[str, ...]  # "source/key" of each clip
+    views: tuple[Tensor, ...]  # each [B, C, T, H, W] uint8
+    masks: tuple[Mask, ...]
+    grid: Grid
+    extra: dict[str, Any] = field(default_factory=dict)
+    rejected: tuple[Any, ...] = ()  # records that could not be decoded and were replaced
+
+    @property
+    def clips(self) -> Tensor:
+        """The first view, [B, C, T, H, W]."""
+        return self.views[0]
+
+    def __len__(self) -> int:
+        return len(self.ordinals)
+
+    def to(self, device: torch.device) -> Batch:
+        views = tuple(view.to(device, non_blocking=True) for view in self.views)
+        return replace(self, views=views, masks=tuple(mask.to(device) for mask in self.masks))
+
+    def pin_memory(self) -> Batch:
+        views = tuple(view.pin_memory() for view in self.views)
+        return replace(self, views=views, masks=tuple(mask.pin_memory() for mask in self.masks))
+
+
+MicroBatch = Mapping[Modality, Batch]

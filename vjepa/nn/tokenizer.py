@@ -1,0 +1,67 @@
+"""Pixels to tokens: one linear patch embedding per modality, plus a learned modality embedding (2.1, section 1.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vjepa.batch import Grid, Modality
+
+
+class Tokenizer(nn.Module):
+    """Video clips by tubelets of `tubelet_size` frames, single frames by an own one-frame embedding.
+
+    Without an image embedding (V-JEPA 2), a single frame is repeated to a whole tubelet.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        patch_size: int = 16,
+        tubelet_size: int = 2,
+        in_chans: int = 3,
+        image_tokenizer: bool = True,
+        modality_embed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.tubelet_size = patch_size, tubelet_size
+
+        def embedding(frames: int) -> nn.Conv3d:
+            kernel = (frames, patch_size, patch_size)
+            return nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)
+
+        self.video = embedding(tubelet_size)
+        self.image = embedding(1) if image_tokenizer else None
+        self.video_embed = nn.Parameter(torch.empty(embed_dim)) if modality_embed else None
+        self.image_embed = nn.Parameter(torch.empty(embed_dim)) if modality_embed else None
+
+    def modality(self, clips: Tensor) -> Modality:
+        """Which way clips [B, C, T, H, W] go: one frame is an image where there is an image embedding."""
+        return "image" if clips.shape[2] == 1 and self.image is not None else "video"
+
+    def grid(self, clips: Tensor) -> Grid:
+        """The token grid (t, h, w) of clips [B, C, T, H, W]; sizes that leave a rest are refused."""
+        if clips.ndim != 5:
+            raise ValueError(f"clips must be [B, C, T, H, W], got shape {tuple(clips.shape)}; an image has T = 1")
+        frames, height, width = clips.shape[2:]
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels < self.patch_size or pixels % self.patch_size:
+                raise ValueError(f"clip {name} {pixels} is not a multiple of patch_size {self.patch_size}")
+        if frames > 1 and frames % self.tubelet_size:
+            raise ValueError(f"{frames} frames are not a multiple of tubelet_size {self.tubelet_size}")
+        return max(1, frames // self.tubelet_size), height // self.patch_size, width // self.patch_size
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """clips: [B, C, T, H, W] float -> tokens [B, N, D] in (t, h, w) order, modality embedding added."""
+        self.grid(clips)  # refuses what does not fit
+        if self.modality(clips) == "image":
+            assert self.image is not None
+            return self._embed(clips, self.image, self.image_embed)
+        if clips.shape[2] == 1:
+            clips = clips.expand(-1, -1, self.tubelet_size, -1, -1)
+        return self._embed(clips, self.video, self.video_embed)
+
+    def _embed(self, clips: Tensor, projection: nn.Conv3d, modality_embed: Tensor | None) -> Tensor:
+        tokens = projection(clips.to(projection.weight.dtype)).flatten(2).transpose(1, 2)  # [B, N, D]
+        return tokens if modality_embed is None else tokens + modality_embed.to(tokens.dtype)
