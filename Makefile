@@ -1,0 +1,47 @@
+# The commands of the house; `make` alone lists them. Everything runs in a .venv inside the checkout.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slurm lint bench
+
+TORCH ?= 2.13.0
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-$(TORCH)
+
+# One thread a process: on few cores torch and BLAS otherwise fight each other, and results depend on the split.
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+
+# Tests marked `slurm` need a cluster's own commands.
+MARKERS := $(if $(shell command -v sbatch),,-m "not slurm")
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## make the .venv (TORCH=2.11.0 for another torch, PYTHON=python3.12 for another Python)
+
+$(STAMP): pyproject.toml Makefile .ci/setup.sh
+	@bash .ci/setup.sh "$(PYTHON)" "$(TORCH)" "$(VENV)" "$@"
+
+demo: setup  ## train a small model on real video and write runs/demo/report/index.html
+	@if [ -e runs/demo ]; then \
+		old=runs/demo-$$(date +%Y%m%d-%H%M%S); mv runs/demo "$$old"; echo "demo: moved the earlier runs/demo to $$old"; fi
+	$(PY) launch/submit.py --stage primary --recipe demo run_dir=runs/demo
+
+test: setup  ## run the tests (those marked slurm only where sbatch is there)
+	@$(PY) -m pytest --ignore=tests/benchmarks $(MARKERS)
+
+test-slurm: setup  ## run the tests that need a SLURM cluster
+	@command -v sbatch >/dev/null || { echo "test-slurm: nothing was tested: there is no sbatch on PATH, and this" \
+		"checkout cannot start a private cluster of its own yet"; exit 1; }
+	@$(PY) -m pytest -m slurm
+
+lint: setup  ## ruff check, ruff format --check, pyright
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
+
+bench: setup  ## run the benchmarks of tests/benchmarks
+	@[ -d tests/benchmarks ] || { echo "bench: nothing was measured: tests/benchmarks does not exist yet"; exit 1; }
+	@$(PY) -m pytest tests/benchmarks -s -o python_files="bench_*.py test_*.py"
