@@ -1,0 +1,61 @@
+"""Reading a video container with PyAV: which stream, which way up, and when its frames are shown. Free of torch."""
+
+import io
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from data_pipeline.media import DecodeError
+
+
+def quarter_turns(rotation: float) -> int:
+    """Counter-clockwise quarter turns (as `numpy.rot90` counts) that show a frame upright."""
+    return round(rotation / 90) % 4
+
+
+def open_bytes(data: bytes) -> InputContainer:
+    """A container over a file's bytes."""
+    return av.open(io.BytesIO(data), mode="r")
+
+
+def video_stream(container: InputContainer) -> VideoStream:
+    """The stream FFmpeg calls best (as torchcodec takes), decoded on one thread; DecodeError where there is none."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream):
+        kinds = sorted({other.type for other in container.streams})
+        raise DecodeError(f"no video stream (only {', '.join(kinds)})" if kinds else "no streams: zero frames")
+    if stream.disposition & Disposition.attached_pic:
+        raise DecodeError("no video stream: audio with a cover picture")
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def frame_stamps(container: InputContainer, stream: VideoStream) -> tuple[np.ndarray, int]:
+    """Sorted time stamps of all frames, int64 `[frames]`, and the last frame's length; in ticks, without decoding."""
+    stamps: list[int | None] = []
+    length = 0
+    latest = None
+    for packet in container.demux(stream):
+        if packet.size == 0 or packet.is_discard:
+            continue
+        stamps.append(packet.pts)
+        if packet.pts is not None and (latest is None or packet.pts > latest):
+            latest, length = packet.pts, packet.duration or 0
+    known = np.sort(np.array([stamp for stamp in stamps if stamp is not None], np.int64))
+    if len(known) < len(stamps):  # AVI with B-frames: only decoding tells the times
+        known, length = _decoded_stamps(container, stream)
+    if length == 0 and len(known) > 1:
+        length = int(known[-1] - known[-2])
+    return known, length
+
+
+def _decoded_stamps(container: InputContainer, stream: VideoStream) -> tuple[np.ndarray, int]:
+    container.seek(0)
+    frames = [(frame.pts, frame.duration) for frame in container.decode(stream)]
+    known = sorted((stamp, length or 0) for stamp, length in frames if stamp is not None)
+    if len(known) < len(frames) or not known:
+        raise DecodeError("frames without time stamps")
+    return np.array([stamp for stamp, _ in known], np.int64), known[-1][1]

@@ -1,0 +1,123 @@
+"""Every knob of the data room, with its rule. The dataclasses double as an OmegaConf structured schema."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Backend = Literal["auto", "torchcodec", "pyav"]
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    """Raise a ValueError that names the field, its value and the rule it breaks."""
+    if not holds:
+        raise ValueError(f"{name}={value!r}: {rule}")
+
+
+@dataclass
+class SourceConfig:
+    """One shard folder and its share of a mixture."""
+
+    path: str
+    """Folder written by `python -m data_pipeline.prepare.ingest`, or its manifest.json."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other sources of the same modality."""
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.weight) and self.weight > 0, "weight", self.weight, "must be a positive number")
+
+
+@dataclass
+class ClipConfig:
+    """Which frames are taken from a record and how they are cropped."""
+
+    frames: int = 16
+    """Frames per clip, T; 1 for images."""
+    fps: float = 4.0
+    """Frames per second of the clip, in the record's own time; ignored for images."""
+    size: int = 256
+    """Height and width of the clip in pixels."""
+    scale_min: float = 0.3
+    """Smallest crop, as a share of the frame's area."""
+    scale_max: float = 1.0
+    """Largest crop, as a share of the frame's area."""
+    aspect_min: float = 0.75
+    """Narrowest crop: width over height."""
+    aspect_max: float = 1.35
+    """Widest crop: width over height."""
+    flip: float = 0.5
+    """Probability of a horizontal flip (of the whole clip)."""
+    views: int = 1
+    """Independent crops taken from the same decoded frames."""
+
+    def __post_init__(self) -> None:
+        _require(self.frames >= 1, "frames", self.frames, "a clip needs at least 1 frame")
+        _require(math.isfinite(self.fps) and self.fps > 0, "fps", self.fps, "must be positive")
+        _require(self.size >= 1, "size", self.size, "must be at least 1 pixel")
+        _require(0 < self.scale_min <= 1, "scale_min", self.scale_min, "must be in (0, 1]")
+        _require(
+            self.scale_min <= self.scale_max <= 1,
+            "scale_max",
+            self.scale_max,
+            f"must be between scale_min={self.scale_min} and 1",
+        )
+        _require(self.aspect_min > 0, "aspect_min", self.aspect_min, "must be positive")
+        _require(
+            self.aspect_max >= self.aspect_min,
+            "aspect_max",
+            self.aspect_max,
+            f"must not be below aspect_min={self.aspect_min}",
+        )
+        _require(0 <= self.flip <= 1, "flip", self.flip, "is a probability, between 0 and 1")
+        _require(self.views >= 1, "views", self.views, "a sample needs at least 1 view")
+
+
+@dataclass
+class ModalityConfig:
+    """The sources of one modality and the clips taken from them; no sources means the modality is off."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Named shard folders; the name is part of the shuffle's seed."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """Clip geometry."""
+
+
+@dataclass
+class DataConfig:
+    """Everything that decides which bytes become which clips, and how fast."""
+
+    video: ModalityConfig = field(default_factory=ModalityConfig)
+    """Video sources; off without sources."""
+    image: ModalityConfig = field(default_factory=lambda: ModalityConfig(clip=ClipConfig(frames=1)))
+    """Image sources (T = 1); off without sources."""
+    decoder: Backend = "auto"
+    """`torchcodec` (needs FFmpeg), `pyav`, or `auto`: torchcodec where it imports, PyAV otherwise."""
+    workers: int = 2
+    """Worker processes of each rank; 0 decodes in the training process. Never changes the samples."""
+    prefetch: int = 2
+    """Micro-batches each worker prepares ahead."""
+    worker_timeout: float = 300.0
+    """Seconds to wait for a worker's micro-batch before giving up (a hung decoder); 0 waits for ever."""
+    max_bad_fraction: float = 0.05
+    """Share of replaced samples above which the trainer stops the run."""
+    bad_attempts: int = 10
+    """Records tried in place of a bad one before the loader gives up."""
+    max_pixels: int = 4096 * 2304
+    """Largest frame that is decoded, height x width; a larger one is a bad sample."""
+    verify_bytes: bool = True
+    """Compare each record with the sha256 in the index; a difference is a bad sample (about 1 ms per MB)."""
+
+    def __post_init__(self) -> None:
+        _require(self.decoder in ("auto", "torchcodec", "pyav"), "decoder", self.decoder, "auto, torchcodec or pyav")
+        _require(self.workers >= 0, "workers", self.workers, "must not be negative")
+        _require(self.prefetch >= 1, "prefetch", self.prefetch, "must be at least 1")
+        _require(self.worker_timeout >= 0, "worker_timeout", self.worker_timeout, "must not be negative (seconds)")
+        _require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "must be in [0, 1]")
+        _require(self.bad_attempts >= 1, "bad_attempts", self.bad_attempts, "must be at least 1")
+        _require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "must be positive")
+        frames = self.image.clip.frames
+        _require(frames == 1, "image.clip.frames", frames, "an image has 1 frame; use `video` for clips")
+
+    def modalities(self) -> dict[str, ModalityConfig]:
+        """The modalities that have sources, video first."""
+        pairs = {"video": self.video, "image": self.image}
+        return {name: config for name, config in pairs.items() if config.sources}

@@ -1,0 +1,223 @@
+"""The stream of micro-batches that one rank trains on: step-indexed, in order, the same for any number of workers.
+
+`python -m data_pipeline.loader digest SHARDS ...` prints what a rank would see (see `digest.py`).
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from data_pipeline.config import ClipConfig, DataConfig
+from data_pipeline.dataset import ClipDataset
+from data_pipeline.plan import check_batch, micro_batches
+from data_pipeline.sample import BadSample, Sample
+from data_pipeline.worker import start_worker
+
+Collate = Callable[[list[Sample]], Any]
+_SHM = Path("/dev/shm")
+_SHM_SHARE = 0.8  # of what is free; running out is a SIGBUS that names nothing
+
+
+class StepSampler(Sampler[dict[str, range]]):
+    """One request per micro-batch: the ordinals of every modality, from `start_step` on."""
+
+    def __init__(
+        self, batch: dict[str, int], *, world: int, rank: int, accumulate: int, start_step: int, stop_step: int | None
+    ):
+        self.batch, self.world, self.rank, self.accumulate = dict(batch), world, rank, accumulate
+        self.start_step, self.stop_step = start_step, stop_step
+
+    def __iter__(self) -> Iterator[dict[str, range]]:
+        steps = itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
+        for step in steps:
+            shares = {
+                modality: micro_batches(
+                    step, global_batch=size, world=self.world, rank=self.rank, accumulate=self.accumulate
+                )
+                for modality, size in self.batch.items()
+            }
+            for i in range(self.accumulate):
+                yield {modality: share[i] for modality, share in shares.items()}
+
+
+class _CollateAll:
+    """Collates every modality in the worker; the bad samples travel beside the result."""
+
+    def __init__(self, collate: Collate):
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> tuple[dict[str, Any], list[BadSample]]:
+        rejected = [bad for group in samples.values() for sample in group for bad in sample.rejected]
+        return {modality: self.collate(group) for modality, group in samples.items()}, rejected
+
+
+class Loader:
+    """Iterate for `{modality: collate(samples)}`, one item per micro-batch of every modality.
+
+    Each iteration starts again at `start_step`. `take_rejected()` gives the bad samples replaced in the items yielded
+    since it was last called, so that the trainer can count them and write them down.
+    """
+
+    def __init__(self, loader: DataLoader[Any], dataset: ClipDataset, sampler: StepSampler):
+        self._loader = loader
+        self._rejected: list[BadSample] = []
+        self._sampler = sampler
+        self.dataset = dataset
+        self.info = dataset.info()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with _trusting_the_worker_count():
+            iterator = iter(self._loader)
+        try:
+            for item, rejected in iterator:
+                self._rejected += rejected
+                yield item
+        finally:
+            _stop(iterator)
+
+    def __len__(self) -> int:
+        """Micro-batches of one iteration; TypeError for a stream without a last step."""
+        if self._sampler.stop_step is None:
+            raise TypeError("a loader without stop_step has no length")
+        return max(0, self._sampler.stop_step - self._sampler.start_step) * self._sampler.accumulate
+
+    def take_rejected(self) -> list[BadSample]:
+        """The bad samples of the items yielded since the last call."""
+        taken, self._rejected = self._rejected, []
+        return taken
+
+    def epoch_of(self, modality: str, step: int) -> int:
+        """The epoch at the first ordinal of a step: samples seen before it over the number of records."""
+        return self.dataset.plans[modality].epoch_of(step * self._sampler.batch[modality])
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    seed: int,
+    batch: dict[str, int],
+    world: int = 1,
+    rank: int = 0,
+    accumulate: int = 1,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    collate: Collate = list,
+) -> Loader:
+    """The micro-batches of one rank.
+
+    Args:
+        config: sources, clips, decoder, workers.
+        seed: of the order and of the crops.
+        batch: the GLOBAL batch of every modality that has sources.
+        world, rank: ranks that share the global batch, and which one this is.
+        accumulate: micro-batches per step and rank.
+        start_step, stop_step: first step, and the one before which to stop (None: never).
+        collate: a list of Samples of one modality -> what the trainer takes; runs in the worker, so with workers it
+            must pickle where processes are spawned (a module's function or an instance, not a lambda).
+
+    Raises ValueError naming the numbers when a batch does not divide, a modality has no batch or no sources, shards
+    are missing or damaged, or shared memory is too small.
+    """
+    _check_modalities(config, batch)
+    micro = {modality: check_batch(size, world, accumulate) for modality, size in batch.items()}
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank}: must be in [0, {world})")
+    if start_step < 0:
+        raise ValueError(f"start_step={start_step}: must not be negative")
+    _check_shared_memory(config, micro)
+    dataset = ClipDataset(config, seed=seed)
+    sampler = StepSampler(
+        batch, world=world, rank=rank, accumulate=accumulate, start_step=start_step, stop_step=stop_step
+    )
+    with _trusting_the_worker_count():
+        loader = DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # a request is a whole micro-batch
+            num_workers=config.workers,
+            collate_fn=_CollateAll(collate),
+            pin_memory=torch.cuda.is_available(),
+            timeout=config.worker_timeout if config.workers else 0,
+            worker_init_fn=_WorkerInit(os.getpid()) if config.workers else None,
+            multiprocessing_context=_context() if config.workers else None,
+            prefetch_factor=config.prefetch if config.workers else None,
+            in_order=True,
+        )
+    return Loader(loader, dataset, sampler)
+
+
+@contextlib.contextmanager
+def _trusting_the_worker_count() -> Iterator[None]:
+    """Without torch's remark that there are more workers than cores: the number was chosen in the configuration."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+class _WorkerInit:
+    def __init__(self, parent: int):
+        self.parent = parent
+
+    def __call__(self, worker: int) -> None:
+        start_worker(self.parent)
+
+
+def _context() -> str:
+    """fork where it exists: starts at once, and the shards' indexes are shared instead of read again."""
+    return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+def _stop(iterator: Any) -> None:
+    """End the workers now, even one that hangs in a decoder."""
+    workers = list(getattr(iterator, "_workers", []))
+    if workers:
+        iterator._shutdown_workers()  # asks, waits, then SIGTERM
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+def _check_modalities(config: DataConfig, batch: dict[str, int]) -> None:
+    on = config.modalities()
+    if not on:
+        raise ValueError("data: no modality has sources; set video.sources or image.sources")
+    for modality in on:
+        if modality not in batch:
+            raise ValueError(f"batch: {modality} has sources but no global batch size; add batch[{modality!r}]")
+    for modality in batch:
+        if modality not in on:
+            raise ValueError(f"batch: {modality}={batch[modality]}, but data.{modality}.sources is empty")
+
+
+def clip_bytes(clip: ClipConfig) -> int:
+    """Size of one sample's views in bytes."""
+    return clip.views * 3 * clip.frames * clip.size * clip.size
+
+
+def _check_shared_memory(config: DataConfig, micro: dict[str, int]) -> None:
+    """Refuse to start where the workers' finished micro-batches would not fit into /dev/shm."""
+    if not config.workers or not _SHM.is_dir():
+        return
+    each = sum(micro[modality] * clip_bytes(part.clip) for modality, part in config.modalities().items())
+    needed, free = config.workers * config.prefetch * each, shutil.disk_usage(_SHM).free
+    if needed > _SHM_SHARE * free:
+        raise ValueError(
+            f"{config.workers} workers x prefetch {config.prefetch} x {each / 1e6:.1f} MB a micro-batch = "
+            f"{needed / 1e6:.0f} MB, more than {_SHM_SHARE:.0%} of the {free / 1e6:.0f} MB free in /dev/shm; "
+            "use fewer workers, a smaller prefetch or micro-batch, or a larger /dev/shm (docker: --shm-size)"
+        )
+
+
+if __name__ == "__main__":
+    from data_pipeline.digest import main
+
+    raise SystemExit(main())

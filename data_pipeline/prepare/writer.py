@@ -1,0 +1,138 @@
+"""Samples into shards: WebDataset tars, an index beside each, the manifest last.
+
+Everything is written into a folder beside the output and renamed at the end: there is never half a shard folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from webdataset.writer import TarWriter
+
+from data_pipeline.prepare.options import Record
+from data_pipeline.shards import MANIFEST, SCHEMA
+
+REJECTED = "rejected.jsonl"
+
+
+class SeriesWriter:
+    """One numbered series of shards, `NAME-000000.tar` and so on, all of one modality."""
+
+    def __init__(self, folder: Path, modality: str, *, shard_bytes: int, shard_count: int):
+        self.folder, self.modality = folder, modality
+        self.shard_bytes, self.shard_count = shard_bytes, shard_count
+        self.entries: list[dict[str, Any]] = []
+        self._tar: TarWriter | None = None
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._bytes = 0
+
+    def write(self, record: Record) -> None:
+        """Append one sample and delete its scratch file."""
+        tar = self._tar
+        if tar is None or self._bytes >= self.shard_bytes or len(self._rows) >= self.shard_count:
+            self.close()
+            tar = self._tar = TarWriter(str(self._path()), encoder=False, mtime=0)
+        scratch = Path(record.scratch)
+        data = scratch.read_bytes()
+        meta = {"key": record.key, "modality": record.modality} | record.meta
+        tar.write({"__key__": record.key, record.ext: data, "json": json.dumps(meta).encode()})
+        self._rows[f"{record.key}.{record.ext}"] = {
+            "key": record.key,
+            "ext": record.ext,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        } | meta
+        self._bytes += len(data)
+        scratch.unlink()
+
+    def close(self) -> None:
+        """Finish the open shard: its index is read back from the tar as written."""
+        if self._tar is None:
+            return
+        self._tar.close()
+        path = self._path()
+        index = path.with_suffix(".index.jsonl")
+        content = "".join(json.dumps(row) + "\n" for row in _placed(path, self._rows)).encode()
+        index.write_bytes(content)
+        _sync(path)
+        _sync(index)
+        self.entries.append(
+            {
+                "name": path.name,
+                "index": index.name,
+                "modality": self.modality,
+                "samples": len(self._rows),
+                "bytes": path.stat().st_size,
+                "index_sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
+        self._tar, self._rows, self._bytes = None, {}, 0
+
+    def _path(self) -> Path:
+        return self.folder / f"{self.modality}-{len(self.entries):06d}.tar"
+
+
+def _placed(tar: Path, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of the media members with their offset and size, in the tar's order."""
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            if member.name in rows:
+                row = rows[member.name]
+                head = {"key": row["key"], "ext": row["ext"], "offset": member.offset_data, "size": member.size}
+                yield head | {name: value for name, value in row.items() if name not in head}
+
+
+def write_manifest(folder: Path, entries: list[dict[str, Any]], notes: list[dict[str, Any]]) -> None:
+    """rejected.jsonl, then manifest.json: a folder with a manifest is complete."""
+    rejected = folder / REJECTED
+    rejected.write_text("".join(json.dumps(note) + "\n" for note in notes))
+    _sync(rejected)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"schema": SCHEMA, "shards": entries}, indent=1) + "\n")
+    _sync(manifest)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """ValueError where `out` holds something that may not be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; give a folder")
+    held = {path.name for path in out.iterdir()}
+    if not held:
+        return
+    if MANIFEST not in held:
+        raise ValueError(f"--out {out}: not empty and not a shard folder (no {MANIFEST}); give another folder")
+    if not overwrite:
+        raise ValueError(f"--out {out}: already holds shards; give another folder, or --overwrite to replace them")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to fill; it takes `out`'s place at the end, and is removed where anything fails."""
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(new: Path, out: Path) -> None:
+    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    if out.exists() and any(out.iterdir()):
+        os.rename(out, old)
+    os.rename(new, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

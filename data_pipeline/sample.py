@@ -1,0 +1,44 @@
+"""What leaves this room: a Sample (one record turned into views) and a BadSample (a record that would not decode)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A record that failed and was replaced; it travels with its replacement so that the main process can count it."""
+
+    ordinal: int
+    """Place in the run's global order at which the record was wanted."""
+    modality: str
+    """`video` or `image`."""
+    key: str
+    """The record's key in its shard."""
+    source: str
+    """Name of the configured source."""
+    reason: str
+    """Why it failed, in one line."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record, decoded and cropped.
+
+    Every view is uint8 `[C, T, H, W]`, contiguous. `extra` holds `timestamps` (float64 `[T]`, seconds inside the
+    record) and the record's own metadata: `start` (seconds inside the original file), `source_path`, labels.
+    """
+
+    ordinal: int
+    key: str
+    source: str
+    modality: str
+    views: tuple[Tensor, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+    rejected: tuple[BadSample, ...] = ()
+
+    @property
+    def clip(self) -> Tensor:
+        """The first view, uint8 `[C, T, H, W]`."""
+        return self.views[0]

@@ -1,0 +1,84 @@
+"""From decoded frames to a view: one crop for the whole clip, resized on uint8, flipped.
+
+All randomness comes from the generator passed in. The frames are stored as channels last, where torch's uint8
+resampling is about three times as fast; they must not be made contiguous before the crop.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.config import ClipConfig
+
+
+class Box(NamedTuple):
+    """A crop in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def random_resized_box(
+    height: int,
+    width: int,
+    generator: np.random.Generator,
+    *,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> Box:
+    """A random box with its area (share of the frame) and aspect (width over height) within the bounds.
+
+    Ten tries; where none fits (a very wide or very tall frame), the largest centred box of an allowed aspect.
+    """
+    for _ in range(10):
+        area = height * width * generator.uniform(*scale)
+        ratio = math.exp(generator.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(generator.integers(0, height - box_height + 1))
+            left = int(generator.integers(0, width - box_width + 1))
+            return Box(top, left, box_height, box_width)
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    return centre_box(height, width, aspect=ratio)
+
+
+def centre_box(height: int, width: int, *, aspect: float = 1.0) -> Box:
+    """The largest centred box of this aspect (width over height)."""
+    box_height = min(height, max(1, round(width / aspect)))
+    box_width = min(width, max(1, round(height * aspect)))
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def crop_resize(frames: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """The same box of every frame at `size` (height, width): uint8 `[T, C, H0, W0]` -> `[C, T, H, W]`, contiguous."""
+    top, left, height, width = box
+    crop = frames[:, :, top : top + height, left : left + width]
+    if (height, width) != size:
+        crop = F.interpolate(crop, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return crop.permute(1, 0, 2, 3).contiguous()
+
+
+def make_view(frames: Tensor, config: ClipConfig, generator: np.random.Generator) -> Tensor:
+    """A random resized crop with a random flip: uint8 `[T, C, H0, W0]` -> `[C, T, size, size]`, contiguous."""
+    height, width = frames.shape[-2:]
+    scale, aspect = (config.scale_min, config.scale_max), (config.aspect_min, config.aspect_max)
+    box = random_resized_box(height, width, generator, scale=scale, aspect=aspect)
+    view = crop_resize(frames, box, (config.size, config.size))
+    return view.flip(-1) if generator.random() < config.flip else view
+
+
+def make_eval_view(frames: Tensor, size: int) -> Tensor:
+    """The centred square, resized: uint8 `[T, C, H0, W0]` -> `[C, T, size, size]`, contiguous; no randomness."""
+    height, width = frames.shape[-2:]
+    return crop_resize(frames, centre_box(height, width), (size, size))
+
+
+def make_full_view(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """The whole frame at `size` (height, width), aspect not kept: uint8 `[T, C, H0, W0]` -> `[C, T, H, W]`."""
+    height, width = frames.shape[-2:]
+    return crop_resize(frames, Box(0, 0, height, width), size)
