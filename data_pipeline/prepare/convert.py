@@ -67,7 +67,7 @@ def _video(item: Input, options: IngestOptions, scratch: Path) -> Outcome:
         frames = Frames(container, video_stream(container), options.max_pixels)
         writer = _PieceWriter(item, options, scratch, timeline)
         try:
-            for frame in on_grid(frames, writer.rate):
+            for frame in on_grid(frames, writer.rate, timeline.duration):
                 writer.write(frame)
         finally:
             writer.close()
@@ -175,15 +175,20 @@ class _Encoder:
 
 
 def scaled(frame: av.VideoFrame, short_side: int) -> av.VideoFrame:
-    """A copy of the frame, upright, yuv420p, even sides, its short side at most `short_side`."""
+    """The frame upright, yuv420p, with even sides, its short side at most `short_side`; its colours untouched."""
     turns = quarter_turns(frame.rotation)
     factor = min(1.0, short_side / min(frame.width, frame.height))
     width, height = (max(2, round(side * factor / 2) * 2) for side in (frame.width, frame.height))
+    small = frame.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC")
     if turns == 0:
-        return frame.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC")
-    pixels = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
-    upright = av.VideoFrame.from_ndarray(np.rot90(pixels, turns).astype(np.uint8), format="rgb24")
-    return upright.reformat(format="yuv420p")
+        return small
+    planes = np.split(small.to_ndarray().ravel(), [width * height, width * height * 5 // 4])
+    shapes = [(height, width), (height // 2, width // 2), (height // 2, width // 2)]
+    turned = [np.rot90(plane.reshape(shape), turns) for plane, shape in zip(planes, shapes, strict=True)]
+    stacked = np.concatenate([plane.ravel() for plane in turned]).reshape(-1, turned[0].shape[1])
+    upright = av.VideoFrame.from_ndarray(stacked.astype(np.uint8), format="yuv420p")
+    upright.color_range, upright.colorspace = small.color_range, small.colorspace
+    return upright
 
 
 def _copied(item: Input, options: IngestOptions, scratch: Path, timeline: Timeline, codec: str) -> Record | None:

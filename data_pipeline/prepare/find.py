@@ -27,7 +27,7 @@ class Input:
     name: str
     """Path relative to the input folder, as written in metadata and in rejected.jsonl."""
     key: str
-    """Unique among the inputs; letters, digits, `_` and `-` only."""
+    """Unique among the inputs; letters, digits, `_` and `-` only. Empty for skipped files."""
     labels: dict[str, Any] = field(default_factory=dict)
     """Fields of the JSON file beside it (`clip.json` for `clip.mp4`), if there is one."""
 
@@ -39,9 +39,9 @@ def find_inputs(inputs: list[Path], exclude: Path) -> list[Input]:
     """
     named = [(name, path) for given in inputs for name, path in _files(given, exclude.resolve())]
     named.sort(key=lambda pair: (pair[0], str(pair[1])))
-    sidecars = {path for _, path in named if path.suffix.lower() == ".json"}
+    beside = {path.with_suffix(".json") for _, path in named if _kind(path) != "skipped"}
     used: set[str] = set()
-    return [_input(name, path, sidecars, used) for name, path in named]
+    return [_input(name, path, used) for name, path in named if path not in beside]
 
 
 def _files(given: Path, exclude: Path) -> Iterator[tuple[str, Path]]:
@@ -63,13 +63,17 @@ def _files(given: Path, exclude: Path) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(given).as_posix(), path
 
 
-def _input(name: str, path: Path, sidecars: set[Path], used: set[str]) -> Input:
+def _kind(path: Path) -> str:
     suffix = path.suffix.lower()
-    kind = "video" if suffix in VIDEO else "image" if suffix in IMAGE else "skipped"
-    labels = {}
-    if kind != "skipped" and path.with_suffix(".json") in sidecars:
-        labels = _labels(path.with_suffix(".json"))
-    return Input(path, kind, name, _key(name, used), labels)
+    return "video" if suffix in VIDEO else "image" if suffix in IMAGE else "skipped"
+
+
+def _input(name: str, path: Path, used: set[str]) -> Input:
+    kind = _kind(path)
+    if kind == "skipped":
+        return Input(path, kind, name, "")
+    labels = path.with_suffix(".json")
+    return Input(path, kind, name, _key(name, used), _labels(labels) if labels.is_file() else {})
 
 
 def _labels(path: Path) -> dict[str, Any]:

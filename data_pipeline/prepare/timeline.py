@@ -33,14 +33,14 @@ def scan(container: InputContainer, stream: VideoStream) -> Timeline:
     """Read all packets' times without decoding; DecodeError where there is nothing to go by."""
     base = stream.time_base
     stamps: list[int] = []
-    length = 0
-    packets = 0
+    latest, length, packets = None, 0, 0  # length: of the frame shown last
     for packet in _packets(container, stream):
         packets += 1
         stamp = packet.pts if packet.pts is not None else packet.dts
         if stamp is not None:
             stamps.append(stamp)
-            length = packet.duration or length
+            if latest is None or stamp > latest:
+                latest, length = stamp, packet.duration or 0
     if base is None or not stamps:
         raise DecodeError("no frames" if not packets else "no time stamps")
     times = np.unique(np.array(stamps, np.int64)).astype(np.float64) * base.numerator / base.denominator
@@ -141,8 +141,11 @@ class Frames:
             self.damage = f"only {self.count} of {packets} frames could be decoded"
 
 
-def on_grid(frames: Frames, rate: Fraction) -> Iterator[av.VideoFrame]:
-    """The frame shown at 0, 1/rate, 2/rate, ... seconds: even sources pass unchanged, uneven ones by time."""
+def on_grid(frames: Frames, rate: Fraction, duration: float) -> Iterator[av.VideoFrame]:
+    """The frame shown at 0, 1/rate, 2/rate, ... seconds: even sources pass unchanged, uneven ones by time.
+
+    The last frame is shown up to `duration`, in a damaged file up to the frame's own end.
+    """
     shown: av.VideoFrame | None = None
     written = 0
     tolerance = 0.25  # of a grid step: rounded time stamps must not repeat one frame and drop the next
@@ -151,7 +154,8 @@ def on_grid(frames: Frames, rate: Fraction) -> Iterator[av.VideoFrame]:
             yield shown
             written += 1
         shown = frame
-    while shown is not None and (written == 0 or written + tolerance < frames.end * rate):
+    end = frames.end if frames.damage else duration
+    while shown is not None and (written == 0 or written + tolerance < end * rate):
         yield shown
         written += 1
 
