@@ -28,7 +28,6 @@ RELEASED_LEVELS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 
 HEAD_DIM = 64  # of every released encoder
 
 
-
 class WeightsError(ValueError):
     """Weights that do not fit: the message lists missing, unexpected and wrongly shaped keys."""
 
@@ -136,7 +135,10 @@ def import_official(
     load_strict(encoder, layout.encoder_state(), source=f"{path}[{encoder_key}]")
     predictor = Predictor(layout.predictor_config(encoder.config, predictor_num_heads))
     load_strict(predictor, layout.predictor_state(), source=f"{path}[predictor]")
-    for name, value, unit in (("crop_size", crop_size, encoder.patch_size), ("num_frames", num_frames, encoder.tubelet_size)):
+    for name, value, unit in (
+        ("crop_size", crop_size, encoder.patch_size),
+        ("num_frames", num_frames, encoder.tubelet_size),
+    ):
         if value is not None and value % unit:
             raise ValueError(f"{name}={value} is not a multiple of {unit}, the size of a token in {path}")
     return encoder, predictor
@@ -203,7 +205,9 @@ class _Official:
         several = "predictor_embed.0.weight" in self.predictor
         embed = self._need(self.predictor, f"predictor_embed.{'2.' if several else ''}weight")
         width = embed.shape[0]
-        fan_in = self._need(self.predictor, "predictor_embed.0.weight" if several else "predictor_embed.weight").shape[1]
+        fan_in = self._need(self.predictor, "predictor_embed.0.weight" if several else "predictor_embed.weight").shape[
+            1
+        ]
         return PredictorConfig(
             encoder_dim=encoder.embed_dim,
             num_levels=fan_in // encoder.embed_dim,
@@ -265,5 +269,3 @@ def _flat_embed(name: str, value: Tensor) -> Tensor:
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     numbers = [int(match[1]) for name in state if (match := re.match(pattern, name))]
     return max(numbers, default=-1) + 1
-
-

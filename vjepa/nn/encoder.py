@@ -39,7 +39,7 @@ class EncoderConfig:
         if not self.levels:
             object.__setattr__(self, "levels", default_levels(self.depth))
         object.__setattr__(self, "levels", tuple(self.levels))
-        if list(self.levels) != sorted(set(self.levels)) or not 0 <= self.levels[0]:
+        if list(self.levels) != sorted(set(self.levels)) or not self.levels[0] >= 0:
             raise ValueError(f"levels={self.levels} must be ascending 0-based block numbers without repeats")
         if self.levels[-1] != self.depth - 1:
             raise ValueError(

@@ -1,0 +1,150 @@
+"""The configuration of one run: every room's dataclasses side by side, and where recipes lie."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from data_pipeline.config import DataConfig
+from vjepa.config import ConfigError, ModelConfig, PredictorSettings, merge, read_recipe, to_object
+from vjepa.masking.collate import MaskConfig, micro_batches_per_step
+from vjepa.objectives import ObjectiveConfig
+from vjepa.objectives.terms import build_terms
+from vjepa.train.config import TrainConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+ALIASES = {"vitg16": "vit_giant", "vitG16": "vit_gigantic", "vitl16": "vit_large"}  # command line only
+PLANNED_STAGES = ("cooldown", "distill", "evals")
+# What may change between the segments of one run: nothing that alters numbers.
+FREE_ON_RESUME = (
+    "run_dir",
+    "report",
+    "data.workers",
+    "data.prefetch",
+    "data.worker_timeout",
+    "data.max_bad_fraction",
+    "train.device",
+    "train.micro_batch",
+    "train.log_every",
+    "train.tensorboard",
+    "train.checkpoint",
+)
+
+
+@dataclass
+class RunConfig:
+    """One stage of one recipe."""
+
+    recipe: str = ""  # set from the command line
+    stage: str = ""  # set from the command line
+    run_dir: str = "runs/${recipe}"  # where everything about the run goes
+    prepare: Literal["none", "debug", "demo"] = "none"  # data the run makes for itself before it starts
+    report: bool = False  # write RUN/report/index.html at the end
+    model: ModelConfig = field(default_factory=ModelConfig)
+    predictor: PredictorSettings = field(default_factory=PredictorSettings)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def check(self, world: int = 1) -> int:
+        """Refuse combinations that no single field can see; the micro-batches per step and rank."""
+        build_terms(self.objective.terms)
+        encoder = self.model.encoder_config()
+        for modality, clip in (("video", self.data.video.clip), ("image", self.data.image.clip)):
+            if clip.size % encoder.patch_size:
+                raise ConfigError(
+                    f"data.{modality}.clip.size={clip.size} must be a multiple of model.patch_size={encoder.patch_size}"
+                )
+        if self.data.video.clip.frames % encoder.tubelet_size:
+            raise ConfigError(
+                f"data.video.clip.frames={self.data.video.clip.frames} must be a multiple of "
+                f"model.tubelet_size={encoder.tubelet_size}"
+            )
+        batch = self.train.batch.as_dict()
+        for modality in ("video", "image"):
+            sources = getattr(self.data, modality).sources
+            if modality in batch and not sources:
+                raise ConfigError(
+                    f"train.batch.{modality}={batch[modality]} but data.{modality}.sources is empty: add "
+                    f"data.{modality}.sources.NAME.path=SHARDS, or set train.batch.{modality}=0"
+                )
+        try:
+            return micro_batches_per_step(
+                self.mask, batch=batch, world=world, micro_batch=self.train.micro_batch.as_dict()
+            )
+        except ValueError as error:
+            raise ConfigError(f"train.{error}" if str(error).startswith("batch") else str(error)) from error
+
+
+def list_recipes() -> list[str]:
+    return sorted(path.name for path in RECIPES.iterdir() if path.is_dir() and path.name != "options")
+
+
+def recipe_path(recipe: str, stage: str) -> Path:
+    """The file of a recipe's stage; what does not exist is refused by name."""
+    recipe = ALIASES.get(recipe, recipe)
+    if not (RECIPES / recipe).is_dir():
+        close = difflib.get_close_matches(recipe, list_recipes(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"there is no recipe {recipe!r}.{hint} Recipes: {', '.join(list_recipes())}")
+    path = RECIPES / recipe / f"{stage}.yaml"
+    if not path.is_file():
+        stages = sorted(found.stem for found in path.parent.glob("*.yaml"))
+        planned = " It is planned, not built yet." if stage in PLANNED_STAGES else ""
+        raise ConfigError(f"recipe {recipe!r} has no stage {stage!r}.{planned} Stages: {', '.join(stages)}")
+    return path
+
+
+def load_config(recipe: str, stage: str, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> RunConfig:
+    """The resolved configuration of a new run: recipe, then named options, then overrides."""
+    recipe = ALIASES.get(recipe, recipe)
+    layers = [read_recipe(recipe_path(recipe, stage)), *(read_recipe(option_path(name)) for name in options)]
+    named = OmegaConf.create({"recipe": recipe, "stage": stage})
+    return to_object(merge(RunConfig, [*layers, named], overrides))
+
+
+def option_path(name: str) -> Path:
+    """The file of a named option."""
+    path = RECIPES / "options" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(found.stem for found in path.parent.glob("*.yaml"))
+        raise ConfigError(f"there is no option {name!r}. Options: {', '.join(known)}")
+    return path
+
+
+def load_for_resume(stored: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration stored with a run, under overrides that change no number; others are refused by name."""
+    base = OmegaConf.load(stored)
+    assert isinstance(base, DictConfig)
+    before = merge(RunConfig, [base], [])
+    after = merge(RunConfig, [base], overrides)
+    changed = [
+        f"{key}: {old!r} -> {new!r}"
+        for key, old, new in _differences(before, after)
+        if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+    ]
+    if changed:
+        raise ConfigError(
+            "--resume goes on with the same run, but the command changes what decides its numbers:\n  "
+            + "\n  ".join(changed)
+            + "\nLeave these out, or start a new run in another run_dir"
+        )
+    return to_object(after)
+
+
+def _differences(before: DictConfig, after: DictConfig) -> list[tuple[str, object, object]]:
+    old = _leaves(OmegaConf.to_container(before, resolve=True))
+    new = _leaves(OmegaConf.to_container(after, resolve=True))
+    return [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]
+
+
+def _leaves(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    return {key: leaf for name, part in value.items() for key, leaf in _leaves(part, f"{prefix}{name}.").items()}

@@ -1,0 +1,81 @@
+"""Start a run: here in the foreground, or (later) on SLURM.
+
+python launch/submit.py --stage primary [--recipe NAME] [--cluster auto|local|slurm] [--option NAME] [--dry-run]
+                        [--resume] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Run by path, Python puts launch/ first on sys.path: put the checkout there instead.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.cluster import run_locally
+from launch.config import RunConfig
+from launch.report import build_report
+from launch.train import add_run_arguments, load
+from vjepa.config import ConfigError, build_models, config_hash, to_yaml
+
+DEFAULT_RECIPE = "demo"
+
+
+def choose_cluster(asked: str) -> str:
+    """Where to run, and one line that says why; SLURM is refused until it is built."""
+    if asked == "slurm":
+        raise ConfigError(
+            "--cluster slurm is not built yet: run `torchrun --nproc-per-node N -m launch.train ...` inside your own "
+            "sbatch script, or use --cluster local"
+        )
+    return "local"
+
+
+def choose_recipe(asked: str | None) -> tuple[str, str]:
+    """The recipe, and why it."""
+    if asked is not None:
+        return asked, "asked for"
+    return DEFAULT_RECIPE, "the default where no cluster profile names data; another: --recipe vit_gigantic"
+
+
+def describe(config: RunConfig) -> str:
+    """What --dry-run prints: the resolved configuration and the parameter counts."""
+    encoder, predictor = build_models(config.model, config.predictor, seed=0, device="meta")
+    counts = {"encoder": encoder, "predictor": predictor}
+    lines = [f"{name}: {sum(p.numel() for p in module.parameters()):,} parameters" for name, module in counts.items()]
+    yaml = to_yaml(config)
+    return "\n".join([yaml.rstrip(), "", *lines, f"configuration {config_hash(yaml)}"])
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python launch/submit.py", description=__doc__)
+    add_run_arguments(parser, recipe_required=False)
+    parser.add_argument("--cluster", choices=("auto", "local", "slurm"), default="auto", help="where to run")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_intermixed_args(argv)
+    try:
+        cluster = choose_cluster(arguments.cluster)
+        arguments.recipe, why = choose_recipe(arguments.recipe)
+        config = load(arguments)
+        config.check()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"recipe {config.recipe} ({why}), stage {config.stage}, on this machine ({cluster})", flush=True)
+    if arguments.dry_run:
+        print(describe(config))
+        return 0
+    status = run_locally(config, resume=arguments.resume)
+    if status == 0 and config.report:
+        print(f"report: {build_report(Path(config.run_dir))}")
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,184 @@
+"""One rank of one run: the place where the parts are put together.
+
+torchrun --nproc-per-node 2 -m launch.train --recipe debug [--stage primary] [--resume] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from data_pipeline.loader import build_loader
+from launch.config import RunConfig, load_config, load_for_resume
+from launch.export import export_run
+from launch.prepare import prepare_data
+from vjepa.batch import MicroBatch
+from vjepa.config import build_models, config_hash, to_yaml
+from vjepa.masking.collate import MaskCollator
+from vjepa.objectives.jepa import JEPA, freeze_unused
+from vjepa.train.distributed import World, init_world
+from vjepa.train.record import Interrupted
+from vjepa.train.run_dir import RunDir, write_text
+from vjepa.train.signals import StopFlag, catch_stop_signals
+from vjepa.train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
+    """Run one stage on this rank, to its end or to an agreed stop."""
+    torch.set_num_threads(config.train.threads)
+    with init_world(config.train.device) as world:
+        num_micro_batches = config.check(world.size)
+        run = RunDir(config.run_dir)
+        world.on_main(lambda: _open_run(run, config, resume))
+        batch = config.train.batch.as_dict()
+        encoder, predictor = build_models(config.model, config.predictor, seed=config.train.seed, device=world.device)
+        objective = JEPA(config.objective, encoder, predictor)
+        frozen = freeze_unused(objective, list(batch))
+        trainer = Trainer(
+            config.train,
+            objective,
+            _batches(config, world, num_micro_batches),
+            num_micro_batches=num_micro_batches,
+            world=world,
+            run=run,
+            max_bad_fraction=config.data.max_bad_fraction,
+            title=f"{config.recipe}/{config.stage}",
+            config_hash=config_hash(to_yaml(config)),
+        )
+        if resume:
+            say(world, f"resumed from step {trainer.resume()}")
+        say(world, _summary_line(config, world, objective, num_micro_batches, frozen))
+        trainer.fit(stop)
+        world.on_main(lambda: _finish(config, run, trainer))
+
+
+def _open_run(run: RunDir, config: RunConfig, resume: bool) -> None:
+    if not resume:
+        run.refuse_existing()
+    run.lock()
+    prepare_data(config)
+    run.describe(to_yaml(config), ROOT)
+
+
+def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callable[[int], Iterator[MicroBatch]]:
+    """The loader's stream from any step on, with masks drawn in its workers."""
+    batch = config.train.batch.as_dict()
+    collate = MaskCollator(
+        config.mask,
+        seed=config.train.seed,
+        batch=batch,
+        patch_size=config.model.patch_size,
+        tubelet_size=config.model.tubelet_size,
+    )
+
+    def stream(step: int) -> Iterator[MicroBatch]:
+        loader = build_loader(
+            config.data,
+            seed=config.train.seed,
+            batch={str(modality): size for modality, size in batch.items()},
+            world=world.size,
+            rank=world.rank,
+            accumulate=num_micro_batches,
+            start_step=step,
+            stop_step=config.train.steps,
+            collate=collate,
+        )
+        return iter(loader)
+
+    return stream
+
+
+def _finish(config: RunConfig, run: RunDir, trainer: Trainer) -> None:
+    """Export the target encoder and write the summary, once the last step is saved."""
+    export_run(run.path, config, trainer.objective.target.encoder)
+    summary = {
+        "recipe": config.recipe,
+        "stages": {
+            config.stage: {
+                "steps": trainer.step,
+                "seconds": round(trainer.seconds, 3),
+                "final_loss": trainer.recorder.final_loss,
+            }
+        },
+        "evals": [],
+    }
+    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"done: {trainer.step} steps, final loss {trainer.recorder.final_loss:.4f}; {run.path}/summary.json")
+
+
+def _summary_line(
+    config: RunConfig, world: World, objective: JEPA, num_micro_batches: int, frozen: Sequence[str]
+) -> str:
+    encoder = sum(p.numel() for p in objective.encoder.parameters())
+    predictor = sum(p.numel() for p in objective.predictor.parameters())
+    batch = ", ".join(f"{size} {modality}" for modality, size in config.train.batch.as_dict().items())
+    return (
+        f"{config.recipe}/{config.stage}: encoder {encoder:,} and predictor {predictor:,} parameters, {world.size} "
+        f"rank(s) on {world.device.type}, global batch {batch}, {num_micro_batches} micro-batch(es) per step, "
+        f"{config.train.precision}" + (f"; not trained: {', '.join(frozen)}" if frozen else "")
+    )
+
+
+def say(world: World, text: str) -> None:
+    """One line for people, once."""
+    if world.is_main:
+        print(text, flush=True)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, recipe_required: bool = True) -> None:
+    """The arguments that every way of starting a run shares."""
+    parser.add_argument("--recipe", required=recipe_required, help="folder under launch/recipes")
+    parser.add_argument("--stage", default="primary", help="stage of the recipe")
+    parser.add_argument("--option", action="append", default=[], help="file under launch/recipes/options, may repeat")
+    parser.add_argument("--resume", action="store_true", help="continue the run in run_dir from its newest checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=1000")
+
+
+def load(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration asked for: of a new run, or of the one to resume."""
+    config = load_config(arguments.recipe, arguments.stage, arguments.overrides, options=arguments.option)
+    stored = RunDir(config.run_dir).config
+    if arguments.resume and stored.is_file():
+        return load_for_resume(stored, arguments.overrides)
+    return config
+
+
+def run(config: RunConfig, *, resume: bool) -> int:
+    """Train and turn what can go wrong into one line and an exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    with catch_stop_signals() as stop:
+        try:
+            train(config, resume=resume, stop=stop)
+        except Interrupted as interrupted:
+            print(interrupted, flush=True)
+            return 128 + interrupted.signum
+        except (ValueError, RuntimeError, OSError) as error:
+            log.debug("", exc_info=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.train", description=__doc__)
+    add_run_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run(config, resume=arguments.resume)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,204 @@
+"""The door in: the loader's Samples become a Batch with its masks.
+
+A Sample is anything with the fields below (data_pipeline's, or a user's own): this package imports no loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vjepa.batch import MODALITIES, Batch, Grid, Mask, Modality
+from vjepa.masking.blocks import BlockMaskConfig, Truncate, group_masks
+
+
+class SampleLike(Protocol):
+    """What the door asks of a sample; views are uint8 [C, T, H, W]."""
+
+    @property
+    def ordinal(self) -> int: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def modality(self) -> str: ...
+    @property
+    def views(self) -> tuple[Tensor, ...]: ...
+    @property
+    def extra(self) -> dict[str, Any]: ...
+    @property
+    def rejected(self) -> tuple[Any, ...]: ...
+
+
+def _video_masks() -> dict[str, BlockMaskConfig]:
+    return {"short": BlockMaskConfig(8, 0.15), "long": BlockMaskConfig(2, 0.7)}
+
+
+def _image_masks() -> dict[str, BlockMaskConfig]:
+    return {"image": BlockMaskConfig(10, 0.15)}
+
+
+@dataclass
+class GroupConfig:
+    """Clips that share their token counts; the reference's per-rank batches, the whole batch where it is smaller."""
+
+    video: int = 24
+    image: int = 36
+
+    def of(self, modality: Modality) -> int:
+        return self.video if modality == "video" else self.image
+
+
+@dataclass
+class MaskConfig:
+    """All masks of a run."""
+
+    video: dict[str, BlockMaskConfig] = field(default_factory=_video_masks)  # masks of every video clip, by name
+    image: dict[str, BlockMaskConfig] = field(default_factory=_image_masks)  # masks of every image, by name
+    group: GroupConfig = field(default_factory=GroupConfig)  # clips cut to the same token counts
+    truncate: Truncate = "random"  # how a clip is cut to its group's counts: random, or the reference's prefix
+
+    def of(self, modality: Modality) -> dict[str, BlockMaskConfig]:
+        return self.video if modality == "video" else self.image
+
+
+class MaskCollator:
+    """Samples of one micro-batch -> Batch; masks depend on (seed, step, ordinal) and on nothing else.
+
+    `batch` is the global batch per modality. The micro-batch must lie in one mask group; `check_groups` says which
+    sizes do.
+    """
+
+    def __init__(
+        self, config: MaskConfig, *, seed: int, batch: Mapping[Modality, int], patch_size: int, tubelet_size: int
+    ) -> None:
+        self.config, self.seed, self.batch = config, seed, dict(batch)
+        self.patch_size, self.tubelet_size = patch_size, tubelet_size
+
+    def __call__(self, samples: Sequence[SampleLike]) -> Batch:
+        """Stack the views of consecutive ordinals of one modality and draw their masks."""
+        first = samples[0]
+        modality: Modality = "video" if first.modality == "video" else "image"
+        ordinals = tuple(sample.ordinal for sample in samples)
+        step = ordinals[0] // self.batch[modality]
+        views = tuple(torch.stack(view) for view in zip(*(sample.views for sample in samples), strict=True))
+        grid = self._grid(views[0])
+        return Batch(
+            modality=modality,
+            step=step,
+            ordinals=ordinals,
+            keys=tuple(f"{sample.source}/{sample.key}" for sample in samples),
+            views=views,
+            masks=self.masks(modality, step, ordinals, grid),
+            grid=grid,
+            extra={name: [sample.extra.get(name) for sample in samples] for name in first.extra},
+            rejected=tuple(record for sample in samples for record in sample.rejected),
+        )
+
+    def masks(self, modality: Modality, step: int, ordinals: Sequence[int], grid: Grid) -> tuple[Mask, ...]:
+        """The masks of these clips, in the order of the configuration's names."""
+        group = self._group(modality, step, ordinals)
+        masks = []
+        for name, config in self.config.of(modality).items():
+            context, masked = group_masks(
+                config,
+                grid,
+                seed=self.seed,
+                step=step,
+                name=name,
+                group=group,
+                wanted=ordinals,
+                how=self.config.truncate,
+            )
+            masks.append(Mask(torch.from_numpy(context), torch.from_numpy(masked)))
+        return tuple(masks)
+
+    def _group(self, modality: Modality, step: int, ordinals: Sequence[int]) -> range:
+        """All ordinals of the mask group that holds these; groups start anew each step."""
+        batch = self.batch[modality]
+        size = min(self.config.group.of(modality), batch)
+        start = step * batch + (ordinals[0] - step * batch) // size * size
+        group = range(start, start + size)
+        if ordinals[0] not in group or ordinals[-1] not in group or ordinals[-1] >= (step + 1) * batch:
+            raise ValueError(
+                f"{modality} ordinals {ordinals[0]}..{ordinals[-1]} reach over the mask group {start}..{group[-1]} of "
+                f"step {step}: the micro-batch must divide mask.group.{modality}={size}, and that the batch {batch}"
+            )
+        return group
+
+    def _grid(self, clips: Tensor) -> Grid:
+        frames, height, width = clips.shape[2:]
+        return max(1, frames // self.tubelet_size), height // self.patch_size, width // self.patch_size
+
+
+def check_groups(config: MaskConfig, *, batch: Mapping[Modality, int], micro_batch: Mapping[Modality, int]) -> None:
+    """Refuse sizes with which losses would depend on the split: group | batch and micro-batch | group."""
+    for modality in MODALITIES:
+        if not batch.get(modality):
+            continue
+        whole, micro = batch[modality], micro_batch[modality]
+        group = min(config.group.of(modality), whole)
+        if not config.of(modality):
+            raise ValueError(f"mask.{modality} is empty but batch.{modality}={whole}: name at least one mask")
+        if whole % group:
+            raise ValueError(f"mask.group.{modality}={group} must divide the global batch batch.{modality}={whole}")
+        if group % micro:
+            raise ValueError(
+                f"the {modality} micro-batch of {micro} clips per rank must divide mask.group.{modality}={group}: "
+                "set micro_batch, the batch or the group accordingly"
+            )
+
+
+def micro_batches_per_step(
+    config: MaskConfig,
+    *,
+    batch: Mapping[Modality, int],
+    world: int,
+    micro_batch: Mapping[Modality, int | None],
+) -> int:
+    """How many micro-batches every rank runs per step: as asked for, or as few as the mask groups allow.
+
+    Sizes that do not divide are refused with the numbers: a global batch never changes silently.
+    """
+    active = {modality: batch[modality] for modality in MODALITIES if batch.get(modality)}
+    if not active:
+        raise ValueError("batch.video and batch.image are both 0: nothing to train on")
+    for modality, whole in active.items():
+        if whole % world:
+            raise ValueError(f"batch.{modality}={whole} is the global batch and must divide by the {world} ranks")
+    shares = {modality: whole // world for modality, whole in active.items()}
+    asked = {modality: micro for modality in active if (micro := micro_batch.get(modality))}
+    if asked:
+        count = _asked_count(shares, asked)
+    else:
+        groups = {modality: min(config.group.of(modality), whole) for modality, whole in active.items()}
+        count = next(
+            (a for a in range(1, max(shares.values()) + 1) if all(_fits(shares[m], a, groups[m]) for m in active)), 1
+        )
+    micro = {modality: share // count for modality, share in shares.items()}
+    check_groups(config, batch=batch, micro_batch=micro)
+    return count
+
+
+def _fits(share: int, count: int, group: int) -> bool:
+    return share % count == 0 and group % (share // count) == 0
+
+
+def _asked_count(shares: Mapping[Modality, int], asked: Mapping[Modality, int]) -> int:
+    for modality, micro in asked.items():
+        if micro < 1 or shares[modality] % micro:
+            raise ValueError(f"micro_batch.{modality}={micro} must divide a rank's share of {shares[modality]} clips")
+    counts = {modality: shares[modality] // micro for modality, micro in asked.items()}
+    count = next(iter(counts.values()))
+    uneven = [modality for modality, share in shares.items() if share % count]
+    if len(set(counts.values())) > 1 or uneven:
+        raise ValueError(
+            f"micro_batch gives {counts} micro-batches per step, but every micro-batch holds every modality and a "
+            f"rank's shares are {dict(shares)}: choose sizes with one common number of micro-batches"
+        )
+    return count

@@ -1,0 +1,144 @@
+"""The joint-embedding predictive objective: a target and weighted terms over one encoder and one predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vjepa.batch import MODALITIES, MicroBatch, Modality, normalise
+from vjepa.nn.encoder import Encoder, View
+from vjepa.nn.predictor import Predictor, Query
+from vjepa.objectives.targets import EmaTarget
+from vjepa.objectives.terms import Outputs, Term, build_terms
+from vjepa.schedules import interpolate
+
+
+def _default_terms() -> dict[str, Any]:
+    return {"masked_prediction": {}, "context_prediction": {}}
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is learned."""
+
+    target: Literal["ema", "frozen", "online"] = "ema"  # who supplies the targets
+    momentum: float = 0.99925  # of the EMA target at step 0
+    momentum_end: float | None = None  # at the last step, linear in between; null keeps it constant
+    video_weight: float = 0.5  # share of video in the loss, as the reference's half of the ranks
+    image_weight: float = 0.5  # share of images in the loss
+    terms: dict[str, Any] = field(default_factory=_default_terms)  # NAME: options, see vjepa/objectives/terms.py
+
+    def __post_init__(self) -> None:
+        if self.target != "ema":
+            raise ValueError(f"objective.target={self.target} is not built yet: only ema is (frozen and online follow)")
+        for name in ("momentum", "momentum_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"objective.{name}={value} must be between 0 and 1")
+        if min(self.video_weight, self.image_weight) < 0 or self.video_weight + self.image_weight == 0:
+            raise ValueError("objective.video_weight and image_weight must not be negative, and not both 0")
+
+    def modality_weight(self, modality: Modality) -> float:
+        return self.video_weight if modality == "video" else self.image_weight
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a forward pass hands to the trainer: the loss, detached scalars to log, and the outputs for diagnostics."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    outputs: dict[Modality, Outputs]
+
+
+class JEPA(nn.Module):
+    """Context encoder, predictor and target; `forward` takes one micro-batch of every modality."""
+
+    def __init__(self, config: ObjectiveConfig, encoder: Encoder, predictor: Predictor) -> None:
+        super().__init__()
+        self.config = config
+        self.terms: Mapping[str, Term] = build_terms(config.terms)
+        self.encoder = encoder
+        self.predictor = predictor
+        self.target = EmaTarget(encoder)
+
+    def forward(self, micro_batch: MicroBatch, step: int) -> Result:
+        """All masks of all modalities in one pass of encoder, predictor and target."""
+        modalities = [modality for modality in MODALITIES if modality in micro_batch]
+        batches = [micro_batch[modality] for modality in modalities]
+        clips = [normalise(batch.clips) for batch in batches]
+        targets = self.target(clips)
+        views = [View(x, tuple(mask.context for mask in b.masks)) for x, b in zip(clips, batches, strict=True)]
+        contexts = self.encoder.forward_levels(views)
+        queries = [
+            Query(tokens, mask.context, mask.masked, batch.grid, batch.modality)
+            for batch, tokens_per_mask in zip(batches, contexts, strict=True)
+            for tokens, mask in zip(tokens_per_mask, batch.masks, strict=True)
+        ]
+        predictions = iter(self.predictor.forward_queries(queries))
+        outputs: dict[Modality, Outputs] = {}
+        for batch, context, target in zip(batches, contexts, targets, strict=True):
+            predicted, visible = zip(*(next(predictions) for _ in batch.masks), strict=True)
+            outputs[batch.modality] = Outputs(
+                modality=batch.modality,
+                grid=batch.grid,
+                num_levels=len(self.encoder.levels),
+                masks=batch.masks,
+                context=context,
+                predicted=list(predicted),
+                visible=list(visible),
+                target=target,
+            )
+        return self._sum(outputs, step)
+
+    def _sum(self, outputs: dict[Modality, Outputs], step: int) -> Result:
+        total_weight = sum(self.config.modality_weight(modality) for modality in outputs)
+        shares = {modality: self.config.modality_weight(modality) / total_weight for modality in outputs}
+        loss = torch.zeros((), device=next(iter(outputs.values())).target.device)
+        metrics: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            mean = torch.zeros_like(loss)
+            for modality, output in outputs.items():
+                value = term(output)
+                loss = loss + shares[modality] * term.weight_at(modality, step) * value
+                metrics[f"loss/{name}/{modality}"] = value.detach()
+                mean = mean + shares[modality] * value.detach()
+            metrics[f"loss/{name}"] = mean
+        return Result(loss, {"loss": loss.detach(), **metrics}, outputs)
+
+    def momentum_at(self, step: int, total_steps: int) -> float:
+        """The target's momentum in the update numbered `step` from 0."""
+        return interpolate(self.config.momentum, self.config.momentum_end, step, total_steps)
+
+    def weights_at(self, step: int, modalities: list[Modality]) -> dict[str, float]:
+        """The weights of all terms at a step, to log."""
+        return {f"weight/{name}/{m}": term.weight_at(m, step) for name, term in self.terms.items() for m in modalities}
+
+    def update_target(self, step: int, total_steps: int) -> None:
+        """After the optimizer's step: move the target towards the encoder."""
+        self.target.update(self.encoder, self.momentum_at(step, total_steps))
+
+
+def freeze_unused(objective: JEPA, modalities: list[Modality]) -> list[str]:
+    """Switch off gradients of parameters that no step can reach (an absent modality's, an unused head's); their names.
+
+    Every parameter that stays trainable gets a gradient in every step on every rank: nothing waits for it.
+    """
+    unused = {
+        f"{owner}.{modality}"
+        for modality in MODALITIES
+        if modality not in modalities
+        for owner in ("encoder.tokenizer", "predictor.mask_tokens", "predictor.modality_embeds")
+    } | {f"encoder.tokenizer.{modality}_embed" for modality in MODALITIES if modality not in modalities}
+    if "context_prediction" not in objective.terms:
+        unused.add("predictor.context_head")
+    frozen = []
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad and any(name == prefix or name.startswith(prefix + ".") for prefix in unused):
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen

@@ -1,0 +1,219 @@
+"""Checkpoints that are either whole or not there (DESIGN 6).
+
+checkpoints/step_00012000/  dcp/  meta.json  manifest.sha256  COMMITTED
+
+A checkpoint is written under a name ending in `.partial`, every file is hashed and flushed, then the folder is renamed:
+a process killed at any moment leaves the older ones as they were. Loading verifies the hashes (torch loads flipped
+bytes without a word) and compares key sets itself (torch ignores extra ones).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+
+from vjepa.train.distributed import World
+
+log = logging.getLogger(__name__)
+NAME = re.compile(r"step_(\d{8,})$")
+COMMITTED, MANIFEST, META, PARTIAL = "COMMITTED", "manifest.sha256", "meta.json", ".partial"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which, why and what to do."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every: int = 1000  # steps between checkpoints; the last step always gets one
+    keep: int = 4  # newest checkpoints that stay on disk
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1")
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def committed(root: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints under `root`, oldest first."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = NAME.match(path.name)
+        if match and (path / COMMITTED).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def save(root: Path, step: int, state: Mapping[str, Any], meta: Mapping[str, Any], world: World, *, keep: int) -> Path:
+    """Write one checkpoint, collectively; then remove all but the newest `keep`. Nothing committed is ever touched
+    before the new one is complete."""
+    final = checkpoint_path(root, step)
+    partial = final.with_name(final.name + PARTIAL)
+    try:
+        if world.is_main:
+            _remove(partial)
+            partial.mkdir(parents=True)
+        world.barrier()
+        writer = FileSystemWriter(partial / "dcp", sync_files=True)
+        with _without_single_process_warning():
+            dcp.save(dict(state), storage_writer=writer, no_dist=world.size == 1)
+        if world.is_main:
+            _commit(partial, final, meta)
+            _retire(root, keep)
+    except Exception as error:
+        raise _save_error(final, partial, error, world) from error
+    world.barrier()
+    return final
+
+
+@contextmanager
+def _without_single_process_warning() -> Iterator[None]:
+    """torch warns that a save or load without a process group is one of a single process: here that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _save_error(final: Path, partial: Path, error: Exception, world: World) -> CheckpointError:
+    if world.is_main:
+        _remove(partial)
+    cause = _root_cause(error)
+    full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = (
+        f"the disk or quota of {final.parent} is full: free space and start again with --resume"
+        if full or "No space left" in str(error)
+        else f"{type(cause).__name__}: {cause}"
+    )
+    return CheckpointError(f"checkpoint {final} could not be written: {remedy}. Committed checkpoints are untouched.")
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
+    return error
+
+
+def _commit(partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
+    _write(partial / META, json.dumps(dict(meta), indent=2) + "\n")
+    lines = [f"{_sha256(path)}  {path.relative_to(partial)}" for path in sorted(partial.rglob("*")) if path.is_file()]
+    _write(partial / MANIFEST, "\n".join(lines) + "\n")
+    _write(partial / COMMITTED, f"{_sha256(partial / MANIFEST)}\n")
+    _remove(final)  # an uncommitted folder of that name, or the same step saved again
+    partial.rename(final)
+    _sync_folder(final.parent)
+
+
+def _retire(root: Path, keep: int) -> None:
+    for _, path in committed(root)[:-keep]:
+        (path / COMMITTED).unlink()  # first of all: a half-removed checkpoint must not look whole
+        _remove(path)
+
+
+def load(path: Path, state: dict[str, Any], world: World) -> dict[str, Any]:
+    """Verify the checkpoint and load it into `state` in place, collectively; returns its meta."""
+    problem = world.broadcast_object(_verify(path) if world.is_main else None)
+    if problem:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {problem}. Move it away and start again with --resume to go on from the "
+            "one before it."
+        )
+    reader = FileSystemReader(path / "dcp")
+    _compare_keys(path, state, reader)
+    with _without_single_process_warning():
+        dcp.load(state, storage_reader=reader, no_dist=world.size == 1)
+    return read_meta(path)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    return json.loads((path / META).read_text())
+
+
+def _verify(path: Path) -> str | None:
+    manifest = path / MANIFEST
+    if not manifest.is_file() or (path / COMMITTED).read_text().strip() != _sha256(manifest):
+        return f"{MANIFEST} does not match {COMMITTED}"
+    for line in manifest.read_text().splitlines():
+        digest, name = line.split("  ", 1)
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sha256(path / name) != digest:
+            return f"{name} does not have the content that was written"
+    return None
+
+
+def _compare_keys(path: Path, state: Mapping[str, Any], reader: FileSystemReader) -> None:
+    stored = set(reader.read_metadata().state_dict_metadata)
+    wanted = set(_flatten(state))
+    missing, extra = sorted(wanted - stored), sorted(stored - wanted)
+    if missing or extra:
+        lines = [f"  missing in the checkpoint: {name}" for name in missing[:10]]
+        lines += [f"  not in this run: {name}" for name in extra[:10]]
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this run ({len(missing)} missing, {len(extra)} extra keys):\n"
+            + "\n".join(lines)
+        )
+
+
+def _flatten(state: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        names += _flatten(value, f"{name}.") if isinstance(value, Mapping) and value else [name]
+    return names
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def newest(root: Path, world: World) -> tuple[int, Path] | None:
+    """The newest complete checkpoint, the same on all ranks."""
+    found = committed(root) if world.is_main else []
+    return world.broadcast_object(found[-1] if found else None)
+
+
+def clean_partial(root: Path) -> None:
+    """Remove what interrupted saves left behind."""
+    for path in root.glob(f"*{PARTIAL}") if root.is_dir() else ():
+        log.info("removing %s, left by an interrupted save", path)
+        _remove(path)

@@ -1,0 +1,63 @@
+"""Length, batch, precision and bookkeeping of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vjepa.batch import Modality
+from vjepa.train.checkpoint import CheckpointConfig
+from vjepa.train.diagnostics import AlarmConfig
+from vjepa.train.optim import OptimConfig
+
+
+@dataclass
+class BatchConfig:
+    """Clips per step over all ranks: the global batch, never per GPU. 0 switches a modality off."""
+
+    video: int = 3072
+    image: int = 4608
+
+    def __post_init__(self) -> None:
+        if min(self.video, self.image) < 0 or self.video + self.image == 0:
+            raise ValueError(f"batch: video={self.video} and image={self.image} must not be negative, and not both 0")
+
+    def as_dict(self) -> dict[Modality, int]:
+        """Sizes of the modalities that are on."""
+        sizes: dict[Modality, int] = {"video": self.video, "image": self.image}
+        return {modality: size for modality, size in sizes.items() if size}
+
+
+@dataclass
+class MicroBatchConfig:
+    """Clips per rank and forward pass; null: a rank's share of the batch, or the mask group where that is smaller."""
+
+    video: int | None = None
+    image: int | None = None
+
+    def as_dict(self) -> dict[Modality, int | None]:
+        return {"video": self.video, "image": self.image}
+
+
+@dataclass
+class TrainConfig:
+    """How a run is driven; what it learns from and learns is configured elsewhere."""
+
+    steps: int = 135_000  # optimizer steps
+    seed: int = 0  # of initialisation, data order, crops and masks
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    micro_batch: MicroBatchConfig = field(default_factory=MicroBatchConfig)
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the forward pass; parameters, losses and the target stay fp32
+    device: str = "auto"  # auto is cuda where there is one, else cpu
+    threads: int = 1  # CPU threads of each process; two on a loaded 2-core machine were up to 17 times slower
+    log_every: int = 10  # steps between rows of metrics.jsonl
+    diagnostics_every: int = 100  # steps between collapse diagnostics; the first step has them too
+    tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "diagnostics_every", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")

@@ -1,0 +1,113 @@
+"""Ranks, devices and the few collectives that the trainer needs; one process without a launcher is a world of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(minutes=10)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        return values
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Rows [n, ...], as many on every rank, of all ranks one after another: [n * size, ...]; no gradient."""
+        if self.size == 1:
+            return rows
+        gathered = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One small picklable value per rank, known to all."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """The result of `action`, run on the main rank alone; what it raises is raised on all ranks."""
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = (action(), None)
+            except Exception as error:
+                outcome = (None, error)
+        result, error = self.broadcast_object(outcome)
+        if error is not None:
+            raise error
+        return result
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def init_world(device: str = "auto") -> Iterator[World]:
+    """Join the ranks named by torchrun's or submitit's environment (RANK, WORLD_SIZE, LOCAL_RANK); leave at the end."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = _device(device, local_rank)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank, size, local_rank, place)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("train.device=cuda, but torch sees no CUDA device: use train.device=cpu or auto")
+        return torch.device("cuda", local_rank)
+    return torch.device(name)
+
+
+def parallelise(module: nn.Module, world: World) -> nn.Module:
+    """Wrap for data parallelism: DistributedDataParallel over more than one rank, nothing over one."""
+    if world.size == 1:
+        return module
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)

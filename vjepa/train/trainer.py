@@ -1,0 +1,182 @@
+"""The training loop. It knows no stage, no data format and no kind of objective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from vjepa.batch import MicroBatch
+from vjepa.objectives.jepa import JEPA, Result
+from vjepa.train import checkpoint
+from vjepa.train.config import TrainConfig
+from vjepa.train.distributed import World, parallelise
+from vjepa.train.levels import level_diagnostics
+from vjepa.train.optim import build_optimizer, set_schedule
+from vjepa.train.record import Interrupted, Recorder, StepRecord
+from vjepa.train.run_dir import RunDir
+from vjepa.train.signals import StopFlag
+
+STATE_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+Batches = Callable[[int], Iterator[MicroBatch]]
+
+
+class Trainer:
+    """Runs an objective from its first, or its last saved, step to the last one.
+
+    `batches(step)` yields `num_micro_batches` micro-batches per step for this rank, from the step numbered `step` on.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: JEPA,
+        batches: Batches,
+        *,
+        num_micro_batches: int,
+        world: World,
+        run: RunDir,
+        max_bad_fraction: float = 0.05,
+        title: str = "train",
+        config_hash: str = "",
+    ) -> None:
+        self.config, self.world, self.run = config, world, run
+        self.batches, self.num_micro_batches = batches, num_micro_batches
+        self.config_hash = config_hash
+        self.objective = objective
+        self.module: nn.Module = parallelise(objective, world)
+        self.optimizer = build_optimizer(objective, config.optim)
+        self.recorder = Recorder(config, run, world, start_step=0, max_bad_fraction=max_bad_fraction, title=title)
+        self.step = 0  # completed steps
+        self.seconds = 0.0  # spent training, over all segments
+        self._saved_step = 0
+
+    # ----------------------------------------------------------------------------------------------------- the loop
+
+    def fit(self, stop: StopFlag) -> None:
+        """Train to the last step; checkpoints on the way, at the end, and when `stop` is set on any rank.
+
+        Raises Interrupted (after saving), NonFiniteError, BadDataError or CheckpointError, on all ranks alike.
+        """
+        self.recorder.open()
+        with closing(self.recorder):
+            stream = self.batches(self.step)
+            while self.step < self.config.steps:
+                self.recorder.hand_over(self._train_step(stream, stop))
+                if self.recorder.stop_signal:
+                    self.save()
+                    raise Interrupted(self.recorder.stop_signal, self.step)
+                if self.step % self.config.checkpoint.every == 0:
+                    self.save()
+            self.save()
+
+    def _train_step(self, stream: Iterator[MicroBatch], stop: StopFlag) -> StepRecord:
+        started, waited = time.perf_counter(), 0.0
+        record = StepRecord(step=self.step + 1, row=self._set_schedules())
+        for index in range(self.num_micro_batches):
+            asked = time.perf_counter()
+            micro_batch = next(stream)
+            waited += time.perf_counter() - asked
+            result = self._forward_backward(micro_batch, is_last=index == self.num_micro_batches - 1)
+            record.add(micro_batch, result.metrics)
+        record.is_diagnostic = self._is_diagnostic_step()
+        if record.is_diagnostic:
+            record.means = level_diagnostics(result.outputs, self.objective.encoder.levels, self.world)
+        record.means["grad_norm"] = grad_norm = self._update()
+        self.step += 1
+        record.reduce(self.world, stop, loss="loss", grad_norm=grad_norm)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        record.row |= {"step_seconds": seconds, "data_wait": waited / seconds}
+        return record
+
+    def _set_schedules(self) -> dict[str, float]:
+        step, total = self.step, self.config.steps
+        row = set_schedule(self.optimizer, self.config.optim, step, total)
+        row["momentum"] = self.objective.momentum_at(step, total)
+        return row | self.objective.weights_at(step, list(self.config.batch.as_dict()))
+
+    def _is_diagnostic_step(self) -> bool:
+        return self.step == 0 or (self.step + 1) % self.config.diagnostics_every == 0
+
+    def _forward_backward(self, micro_batch: MicroBatch, *, is_last: bool) -> Result:
+        on_device = {modality: batch.to(self.world.device) for modality, batch in micro_batch.items()}
+        bf16 = self.config.precision == "bf16"
+        with self._sync(is_last):
+            with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
+                result: Result = self.module(on_device, self.step)
+            (result.loss / self.num_micro_batches).backward()
+        return result
+
+    def _sync(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over ranks once, with the last micro-batch."""
+        if isinstance(self.module, DistributedDataParallel) and not is_last:
+            return self.module.no_sync()
+        return nullcontext()
+
+    def _update(self) -> Tensor:
+        """Clip where asked, step, move the target; the gradient norm before clipping."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        without = [name for name, p in self.objective.named_parameters() if p.requires_grad and p.grad is None]
+        assert not without, f"no gradient reached {without}: see freeze_unused"
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.optim.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_grad, grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.update_target(self.step, self.config.steps)
+        return grad_norm
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self) -> None:
+        """Checkpoint the completed steps, after reading their numbers: what is not finite is never saved."""
+        self.recorder.settle()
+        if self._saved_step == self.step:
+            return
+        meta = {
+            "step": self.step,
+            "world_size": self.world.size,
+            "config_hash": self.config_hash,
+            "seconds": self.seconds,
+            "recorder": self.recorder.state_dict(),
+        }
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self.run.checkpoints, self.step, self._state(), meta, self.world, keep=keep)
+        self._saved_step = self.step
+
+    def resume(self) -> int:
+        """Load the newest complete checkpoint and cut the run's logs back to it; the step, 0 where there is none."""
+        found = checkpoint.newest(self.run.checkpoints, self.world)
+        if found is not None:
+            step, path = found
+            state = self._state()
+            meta = checkpoint.load(path, state, self.world)
+            set_model_state_dict(self.objective, state["model"], options=STATE_OPTIONS)
+            set_optimizer_state_dict(self.objective, self.optimizer, state["optimizer"], options=STATE_OPTIONS)
+            self.recorder.load_state_dict(meta["recorder"], step)
+            self.step = self._saved_step = step
+            self.seconds = meta["seconds"]
+        if self.world.is_main:
+            checkpoint.clean_partial(self.run.checkpoints)
+            self.run.cut_back(self.step)
+        self.world.barrier()
+        return self.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.objective, options=STATE_OPTIONS),
+            "optimizer": get_optimizer_state_dict(self.objective, self.optimizer, options=STATE_OPTIONS),
+        }
