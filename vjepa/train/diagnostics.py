@@ -149,11 +149,15 @@ class CollapseAlarms:
 
     def observe(self, step: int, row: Mapping[str, Any]) -> list[str]:
         """The alarms that stand after this step, from the diag/<modality>/level<k>/<metric> of a row of metrics."""
+        return list(self.observe_named(step, row).values())
+
+    def observe_named(self, step: int, row: Mapping[str, Any]) -> dict[str, str]:
+        """`observe`, with each alarm under the name of its measure: <modality>/level<k>/<metric>."""
         if step < self.config.warmup_steps:
-            return []
+            return {}
         found = [(match, float(row[key])) for key in row if (match := METRIC_KEY.fullmatch(key))]
-        texts = [self._judge(match, value) for match, value in found]
-        return [text for text in texts if text]
+        texts = {match["name"]: self._judge(match, value) for match, value in found}
+        return {name: text for name, text in texts.items() if text}
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         return {"best": dict(self._best), "strikes": {key: float(count) for key, count in self._strikes.items()}}

@@ -1,0 +1,179 @@
+"""The report shows what a run left behind, says what is missing, and is one file that needs nothing else."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
+from data_pipeline.prepare.synthetic import make_debug_shards
+from launch.config import RunConfig
+from launch.report import ReportError, build_report, main
+from launch.report_figures import DIAGNOSTICS, diagnostics_figure, loss_figure, series, smoothed
+from vjepa import hub
+from vjepa.config import ModelConfig, PredictorSettings, build_models, to_yaml
+from vjepa.train.config import TrainConfig
+from vjepa.train.diagnostics import AlarmConfig
+
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_debug_shards(tmp_path_factory.mktemp("shards") / "debug", videos=4, images=1)
+
+
+def run_config(run_dir: Path, shards: Path) -> RunConfig:
+    video = ModalityConfig(
+        sources={"shapes": SourceConfig(path=str(shards))}, clip=ClipConfig(frames=4, fps=4.0, size=64)
+    )
+    return RunConfig(
+        recipe="debug",
+        stage="primary",
+        run_dir=str(run_dir),
+        model=ModelConfig(name="vit_debug"),
+        predictor=PredictorSettings(embed_dim=48, depth=2, num_heads=3),
+        data=DataConfig(video=video),
+        train=TrainConfig(steps=STEPS, alarms=AlarmConfig(warmup_steps=60)),
+    )
+
+
+def rows(*, cosine_from: float = 0.5, cosine_to: float = 0.5) -> list[dict[str, Any]]:
+    """The rows of a run whose mean cosine goes from one value to another."""
+    noise = np.random.default_rng(0).normal(size=STEPS + 1)
+    found = []
+    for step in range(1, STEPS + 1):
+        loss = 0.6 + 0.5 * np.exp(-step / 40) + 0.02 * noise[step]
+        row: dict[str, Any] = {"step": step, "loss": loss, "lr": 1e-3 * min(1, step / 50), "momentum": 0.996}
+        for term, share in (("masked_prediction", 0.7), ("context_prediction", 0.3)):
+            row[f"loss/{term}"] = share * loss
+            row |= {f"loss/{term}/video": share * loss * 1.1, f"loss/{term}/image": share * loss * 0.9}
+        row |= {"lambda/video": min(0.5, step / 200), "lambda/image": min(0.7, step / 200), "weight_decay": 0.04}
+        row |= {"clips_per_second": 20 + noise[step], "data_wait": 0.05, "step_seconds": 0.8}
+        if step % 20 == 0:
+            cosine = cosine_from + (cosine_to - cosine_from) * step / STEPS
+            for modality in ("video", "image"):
+                for level in (1, 2, 3, 4):
+                    values = (0.5 + 0.1 * level, cosine, 20.0 + step / 10, 0.3 + step / 500, 0.05 * level)
+                    row |= {f"diag/{modality}/level{level}/{k}": v for k, v in zip(DIAGNOSTICS, values, strict=True)}
+        found.append(row)
+    return found
+
+
+def make_run(run_dir: Path, config: RunConfig, rows: list[dict[str, Any]], *, finished: bool = True) -> Path:
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_dir / "environment.json").write_text(json.dumps({"packages": {"torch": "9.9"}, "git_sha": "abc123"}))
+    if finished:
+        encoder, _ = build_models(config.model, config.predictor, seed=3)
+        hub.save_pretrained(encoder, run_dir / "exports" / "primary")
+        stage = {"steps": STEPS, "seconds": 125.4, "final_loss": 0.6}
+        (run_dir / "summary.json").write_text(json.dumps({"recipe": "debug", "stages": {"primary": stage}}))
+    return run_dir
+
+
+def test_a_finished_run_gives_a_page_that_needs_nothing_else(tmp_path: Path, shards: Path) -> None:
+    run = make_run(tmp_path / "my-run", run_config(tmp_path / "my-run", shards), rows())
+    (run / "bad_samples.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    html = build_report(run).read_text()
+    names = {path.name for path in (run / "report").glob("*.png")}
+    assert names == {
+        "loss.png",
+        "diagnostics.png",
+        "throughput.png",
+        "schedules.png",
+        *(f"pca_{i}.png" for i in range(3)),
+    }
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert len(sources) == len(names)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "<script" not in html
+    for shown in ("my-run", "2 min 05 s", "<b>2</b><span>bad samples replaced", "abc123", "9.9", "No collapse alarm"):
+        assert shown in html
+    assert len(re.findall("shapes / ", html)) == 6, "three clips, each named in caption and picture"
+
+
+def test_pictures_hold_frames_and_both_encoders(tmp_path: Path, shards: Path) -> None:
+    run = make_run(tmp_path / "run", run_config(tmp_path / "run", shards), rows())
+    build_report(run)
+    picture = Image.open(io.BytesIO((run / "report" / "pca_0.png").read_bytes()))
+    assert picture.height / picture.width > 1, "two tubelets wide, three rows high"
+
+
+def test_a_collapse_is_reported_once_per_measure_with_its_first_step(tmp_path: Path, shards: Path) -> None:
+    run = make_run(tmp_path / "run", run_config(tmp_path / "run", shards), rows(cosine_from=0.9, cosine_to=1.0))
+    html = build_report(run).read_text()
+    assert "8 collapse alarm(s)" in html
+    assert "step 140: video level 1: mean_cosine 0.97 is above 0.95" in html
+
+
+def test_a_run_in_progress_gives_a_page_that_says_what_is_missing(tmp_path: Path, shards: Path) -> None:
+    few = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.9}]
+    run = make_run(tmp_path / "run", run_config(tmp_path / "run", shards), few, finished=False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    html = build_report(run).read_text()
+    assert "2 of 200" in html
+    assert "not finished" in html
+    assert "has not exported an encoder" in html
+    assert html.count("The run logged nothing of this") == 3
+
+
+def test_shards_that_are_gone_leave_a_note_in_place_of_pictures(tmp_path: Path) -> None:
+    config = run_config(tmp_path / "run", tmp_path / "gone")
+    html = build_report(make_run(tmp_path / "run", config, rows())).read_text()
+    assert "no pictures of features" in html
+    assert "gone/manifest.json: no such file" in html
+
+
+def test_a_directory_without_a_run_is_refused_by_file(tmp_path: Path, shards: Path) -> None:
+    with pytest.raises(ReportError, match=r"config\.yaml does not exist"):
+        build_report(tmp_path)
+    with pytest.raises(SystemExit, match=r"error: .*config\.yaml"):
+        main([str(tmp_path)])
+    run = make_run(tmp_path / "run", run_config(tmp_path / "run", shards), [], finished=False)
+    (run / "metrics.jsonl").write_text("not json\n{}\n")
+    with pytest.raises(ReportError, match="line 1 is not JSON"):
+        build_report(run)
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path, shards: Path) -> None:
+    run = make_run(tmp_path / "run", run_config(tmp_path / "run", shards), rows()[:30], finished=False)
+    (run / "command.txt").write_text("<script>alert(1)</script>\n")
+    assert "<script" not in build_report(run).read_text()
+
+
+def test_curves_are_the_logged_values() -> None:
+    logged = [{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 3, "loss": 1.0}]
+    steps, values = series(logged, "loss")
+    assert steps.tolist() == [1, 3]
+    assert values.tolist() == [2, 1]
+    figure = loss_figure(rows())
+    assert figure is not None
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["total loss", "context prediction", "masked prediction"]
+    assert [line.get_label() for line in figure.axes[1].get_lines() if not str(line.get_label()).startswith("_")] == [
+        "video",
+        "image",
+    ]
+
+
+def test_diagnostics_have_a_line_per_level_and_a_panel_per_measure() -> None:
+    figure = diagnostics_figure(rows(), AlarmConfig())
+    assert figure is not None
+    assert len(figure.axes) == 10
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert labels == ["block 1", "block 2", "block 3", "block 4"]
+    assert diagnostics_figure([{"step": 1, "loss": 1.0}], AlarmConfig()) is None
+
+
+def test_smoothing_keeps_a_constant_and_removes_noise() -> None:
+    assert smoothed(np.full(100, 3.0)).tolist() == pytest.approx([3.0] * 100)
+    noise = np.random.default_rng(0).normal(size=3000)
+    assert smoothed(noise).std() < 0.2 * noise.std()
