@@ -20,6 +20,7 @@ from typing import Any
 
 import submitit
 import torch
+from submitit.core.utils import UncompletedJobError
 
 from launch.config import RunConfig
 from launch.train import ROOT, run
@@ -179,7 +180,7 @@ def _status(job: Any, processes: int) -> int:
     """The first exit status that is not 0; a process that died without one is reported with the place of its log."""
     try:
         return next((status for status in job.results() if status), 0)
-    except submitit.core.utils.UncompletedJobError as error:
+    except UncompletedJobError as error:
         logs = ", ".join(str(job.paths.folder / f"{job.job_id}_{rank}_log.out") for rank in range(processes))
         print(
             f"error: the run's process died without a result ({str(error).splitlines()[0]}); logs: {logs}",

@@ -9,8 +9,9 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -92,7 +93,7 @@ def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callabl
             stop_step=config.train.steps,
             collate=collate,
         )
-        return iter(loader)
+        return iter(cast(Iterable[MicroBatch], loader))
 
     return stream
 

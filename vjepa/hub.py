@@ -55,7 +55,7 @@ def from_pretrained(
     """
     path = Path(path)
     if path.is_file():
-        encoder, _ = import_official(path)
+        encoder, _ = import_official(path, attention=attention)
     elif not (path / CONFIG).is_file():
         raise FileNotFoundError(
             f"{path} holds no {CONFIG}: give a folder written by vjepa.hub.save_pretrained (RUN/exports/STAGE) or a "
@@ -64,8 +64,6 @@ def from_pretrained(
     else:
         encoder = Encoder(_read_config(path / CONFIG), attention=attention)
         load_strict(encoder, load_file(path / WEIGHTS), source=str(path / WEIGHTS))
-    for block in encoder.blocks:
-        block.attn.backend = attention  # pyright: ignore[reportAttributeAccessIssue]
     return encoder.to(device or "cpu").eval()
 
 
@@ -119,6 +117,7 @@ def import_official(
     crop_size: int | None = None,
     num_frames: int | None = None,
     key: str | None = None,
+    attention: BackendName = "auto",
 ) -> tuple[Encoder, Predictor]:
     """Encoder and predictor of a V-JEPA 2.1 training checkpoint (g/G, or the distilled B/L layout), loaded strictly.
 
@@ -131,9 +130,9 @@ def import_official(
     checkpoint = _read_checkpoint(Path(path))
     encoder_key = _choose_key(checkpoint, key, Path(path))
     layout = _Official(_clean(checkpoint[encoder_key]), _clean(checkpoint["predictor"]), str(path))
-    encoder = Encoder(layout.encoder_config(num_heads))
+    encoder = Encoder(layout.encoder_config(num_heads), attention=attention)
     load_strict(encoder, layout.encoder_state(), source=f"{path}[{encoder_key}]")
-    predictor = Predictor(layout.predictor_config(encoder.config, predictor_num_heads))
+    predictor = Predictor(layout.predictor_config(encoder.config, predictor_num_heads), attention=attention)
     load_strict(predictor, layout.predictor_state(), source=f"{path}[predictor]")
     for name, value, unit in (
         ("crop_size", crop_size, encoder.patch_size),
@@ -202,12 +201,9 @@ class _Official:
         )
 
     def predictor_config(self, encoder: EncoderConfig, num_heads: int) -> PredictorConfig:
-        several = "predictor_embed.0.weight" in self.predictor
-        embed = self._need(self.predictor, f"predictor_embed.{'2.' if several else ''}weight")
-        width = embed.shape[0]
-        fan_in = self._need(self.predictor, "predictor_embed.0.weight" if several else "predictor_embed.weight").shape[
-            1
-        ]
+        first, last = ("0.", "2.") if "predictor_embed.0.weight" in self.predictor else ("", "")
+        width = self._need(self.predictor, f"predictor_embed.{last}weight").shape[0]
+        fan_in = self._need(self.predictor, f"predictor_embed.{first}weight").shape[1]
         return PredictorConfig(
             encoder_dim=encoder.embed_dim,
             num_levels=fan_in // encoder.embed_dim,

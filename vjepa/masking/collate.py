@@ -165,22 +165,24 @@ def micro_batches_per_step(
 
     Sizes that do not divide are refused with the numbers: a global batch never changes silently.
     """
-    active = {modality: batch[modality] for modality in MODALITIES if batch.get(modality)}
+    active: dict[Modality, int] = {modality: batch[modality] for modality in MODALITIES if batch.get(modality)}
     if not active:
         raise ValueError("batch.video and batch.image are both 0: nothing to train on")
     for modality, whole in active.items():
         if whole % world:
             raise ValueError(f"batch.{modality}={whole} is the global batch and must divide by the {world} ranks")
-    shares = {modality: whole // world for modality, whole in active.items()}
-    asked = {modality: micro for modality in active if (micro := micro_batch.get(modality))}
+    shares: dict[Modality, int] = {modality: whole // world for modality, whole in active.items()}
+    asked: dict[Modality, int] = {m: size for m in active for size in [micro_batch.get(m)] if size}
     if asked:
         count = _asked_count(shares, asked)
     else:
-        groups = {modality: min(config.group.of(modality), whole) for modality, whole in active.items()}
+        groups: dict[Modality, int] = {
+            modality: min(config.group.of(modality), whole) for modality, whole in active.items()
+        }
         count = next(
             (a for a in range(1, max(shares.values()) + 1) if all(_fits(shares[m], a, groups[m]) for m in active)), 1
         )
-    micro = {modality: share // count for modality, share in shares.items()}
+    micro: dict[Modality, int] = {modality: share // count for modality, share in shares.items()}
     check_groups(config, batch=batch, micro_batch=micro)
     return count
 

@@ -50,8 +50,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tensor:
     sizes = [segments.tokens for segments in layout]
     outputs = []
     for segments, *parts in zip(layout, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        qkv = [x.unflatten(0, (segments.count, segments.length)).transpose(1, 2) for x in parts]  # [B, A, K, head_dim]
-        outputs.append(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(0, 1))
+        q, k, v = (x.unflatten(0, (segments.count, segments.length)).transpose(1, 2) for x in parts)  # [B, A, K, d]
+        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -39,7 +39,7 @@ class EncoderConfig:
         if not self.levels:
             object.__setattr__(self, "levels", default_levels(self.depth))
         object.__setattr__(self, "levels", tuple(self.levels))
-        if list(self.levels) != sorted(set(self.levels)) or not self.levels[0] >= 0:
+        if list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 0:
             raise ValueError(f"levels={self.levels} must be ascending 0-based block numbers without repeats")
         if self.levels[-1] != self.depth - 1:
             raise ValueError(
@@ -121,11 +121,10 @@ class Encoder(nn.Module):
         `context` [B, K] selects tokens by index before the first block and gives [B, K, D]; a sequence of such index
         tensors is run in one pass and gives a list.
         """
-        single = context is None or isinstance(context, Tensor)
-        contexts = (context,) if single else tuple(context)
+        contexts = (context,) if context is None or isinstance(context, Tensor) else tuple(context)
         states, layout = self._states([View(clips, contexts)], {self.levels[-1]})
         tokens = unpack(self.norms[-1](states[self.levels[-1]]), layout)
-        return tokens[0] if single else tokens
+        return tokens[0] if context is None or isinstance(context, Tensor) else tokens
 
     def forward_levels(self, views: Sequence[View]) -> list[list[Tensor]]:
         """All token subsets of all views in one pass -> per view, per subset, levels side by side [B, K, L*D]."""

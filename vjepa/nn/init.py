@@ -1,8 +1,8 @@
 """Initialisation that depends on nothing but the seed, the module's scope and a parameter's name.
 
-Every parameter draws from its own generator, seeded by (seed, scope, name), on the CPU: the same numbers for every world size,
-sharding and order of construction. A model is built on the meta device, filled with NaN, initialised, and checked, so
-that a parameter nobody initialises cannot go unnoticed.
+Every parameter draws from its own generator, seeded by (seed, scope, name), on the CPU: the same numbers for every
+world size, sharding and order of construction. A model is built on the meta device, filled with NaN, initialised, and
+checked, so that a parameter nobody initialises cannot go unnoticed.
 
 Rules of the reference (section 1.1): weights truncated normal, std 0.02; biases 0; LayerNorm (1, 0); the residual
 outputs of block i (from 1) divided by sqrt(2 i); modality embeddings normal with std 1e-6; mask tokens 0 by default.

@@ -68,8 +68,7 @@ class JEPA(nn.Module):
 
     def forward(self, micro_batch: MicroBatch, step: int) -> Result:
         """All masks of all modalities in one pass of encoder, predictor and target."""
-        modalities = [modality for modality in MODALITIES if modality in micro_batch]
-        batches = [micro_batch[modality] for modality in modalities]
+        batches = [micro_batch[modality] for modality in MODALITIES if modality in micro_batch]
         clips = [normalise(batch.clips) for batch in batches]
         targets = self.target(clips)
         views = [View(x, tuple(mask.context for mask in b.masks)) for x, b in zip(clips, batches, strict=True)]

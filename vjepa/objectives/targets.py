@@ -33,7 +33,8 @@ class EmaTarget(nn.Module):
     def update(self, encoder: Encoder, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * encoder, over all parameters in one foreach call."""
         student = [parameter.detach() for parameter in encoder.parameters()]
-        torch._foreach_lerp_(list(self.encoder.parameters()), student, 1.0 - momentum)
+        targets: list[Tensor] = list(self.encoder.parameters())
+        torch._foreach_lerp_(targets, student, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def normalise_levels(tokens: Tensor, num_levels: int) -> Tensor:

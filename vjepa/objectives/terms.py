@@ -58,7 +58,7 @@ def register_term(name: str) -> Callable[[type[Any]], type[Any]]:
 
 
 def build_terms(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, Term]:
-    """Terms from a recipe's `objective.terms`; unknown names and unknown fields are errors, null switches a term off."""
+    """Terms from a recipe's `objective.terms`; unknown names and fields are errors, null switches a term off."""
     built: dict[str, Term] = {}
     for name, options in terms.items():
         if options is None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from vjepa.train.distributed import World
@@ -75,7 +75,7 @@ def save(root: Path, step: int, state: Mapping[str, Any], meta: Mapping[str, Any
         world.barrier()
         writer = FileSystemWriter(partial / "dcp", sync_files=True)
         with _without_single_process_warning():
-            dcp.save(dict(state), storage_writer=writer, no_dist=world.size == 1)
+            state_dict_saver.save(dict(state), storage_writer=writer, no_dist=world.size == 1)
         if world.is_main:
             _commit(partial, final, meta)
             _retire(root, keep)
@@ -139,7 +139,7 @@ def load(path: Path, state: dict[str, Any], world: World) -> dict[str, Any]:
     reader = FileSystemReader(path / "dcp")
     _compare_keys(path, state, reader)
     with _without_single_process_warning():
-        dcp.load(state, storage_reader=reader, no_dist=world.size == 1)
+        state_dict_loader.load(state, storage_reader=reader, no_dist=world.size == 1)
     return read_meta(path)
 
 

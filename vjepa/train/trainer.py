@@ -85,12 +85,14 @@ class Trainer:
     def _train_step(self, stream: Iterator[MicroBatch], stop: StopFlag) -> StepRecord:
         started, waited = time.perf_counter(), 0.0
         record = StepRecord(step=self.step + 1, row=self._set_schedules())
+        result: Result | None = None
         for index in range(self.num_micro_batches):
             asked = time.perf_counter()
             micro_batch = next(stream)
             waited += time.perf_counter() - asked
             result = self._forward_backward(micro_batch, is_last=index == self.num_micro_batches - 1)
             record.add(micro_batch, result.metrics)
+        assert result is not None
         record.is_diagnostic = self._is_diagnostic_step()
         if record.is_diagnostic:
             record.means = level_diagnostics(result.outputs, self.objective.encoder.levels, self.world)
