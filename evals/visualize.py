@@ -9,9 +9,11 @@ keep their colour while they move; a collapsed encoder gives one colour, an untr
 from __future__ import annotations
 
 import argparse
+import json
 import mimetypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from vjepa.batch import normalise
 from vjepa.hub import from_pretrained
 from vjepa.nn.encoder import Encoder
 
+GEOMETRY: dict[str, Any] = {"frames": 16, "fps": 4.0, "size": 256}
 ROBUST_RANGE = (0.01, 0.99)  # quantiles that become black and full colour: single odd patches would grey out the rest
 
 
@@ -121,6 +124,13 @@ def visualize_clip(clip: Tensor, encoders: Mapping[str, Encoder], *, title: str 
     return pca_grid(clip.permute(1, 2, 3, 0), rows, title=title)
 
 
+def trained_geometry(model: Path) -> dict[str, Any]:
+    """Frames, fps and size of the clips that an exported encoder was trained on, as far as its config.json says so."""
+    config = model / "config.json"
+    trained_on = json.loads(config.read_text()).get("pretraining", {}) if config.is_file() else {}
+    return {name: trained_on[name] for name in GEOMETRY if name in trained_on}
+
+
 def guess_modality(path: Path) -> str:
     """`image` where the file's ending says so, otherwise `video`."""
     return "image" if (mimetypes.guess_type(path.name)[0] or "").startswith("image/") else "video"
@@ -131,9 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="folder of an exported encoder, or a released .pt")
     parser.add_argument("--clip", type=Path, required=True, help="a video or an image")
     parser.add_argument("--out", type=Path, default=Path("pca.png"), help="picture to write")
-    parser.add_argument("--frames", type=int, default=16, help="frames of the clip; 1 for images whatever is given")
-    parser.add_argument("--fps", type=float, default=4.0, help="frames per second of the clip")
-    parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
+    parser.add_argument("--frames", type=int, help="frames of the clip (default: as trained, else 16); images have 1")
+    parser.add_argument("--fps", type=float, help="frames per second of the clip (default: as trained, else 4)")
+    parser.add_argument("--size", type=int, help="height and width in pixels (default: as trained, else 256)")
     parser.add_argument("--position", type=float, default=0.5, help="where in the video: 0 its start, 1 its end")
     parser.add_argument("--level", type=int, help="0-based block to show, one with a level norm (default: the last)")
     return parser
@@ -141,15 +151,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
+    asked = {name: value for name in GEOMETRY if (value := getattr(options, name)) is not None}
+    geometry = GEOMETRY | trained_geometry(options.model) | asked
     modality = guess_modality(options.clip)
-    clip = read_clip(
-        options.clip.read_bytes(),
-        modality,
-        frames=options.frames,
-        fps=options.fps,
-        size=options.size,
-        position=options.position,
-    )
+    clip = read_clip(options.clip.read_bytes(), modality, **geometry, position=options.position)
     rgb = pca_images(patch_features(from_pretrained(options.model), clip, level=options.level))
     figure = pca_grid(clip.permute(1, 2, 3, 0), rgb, title=f"{options.clip.name} seen by {options.model}")
     options.out.parent.mkdir(parents=True, exist_ok=True)

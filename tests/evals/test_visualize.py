@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 import vjepa
-from evals.visualize import guess_modality, main, patch_features, pca_grid, pca_images
+from evals.visualize import guess_modality, main, patch_features, pca_grid, pca_images, trained_geometry
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -84,6 +84,13 @@ def test_the_command_writes_a_picture_of_an_image(tmp_path: Path) -> None:
     out = tmp_path / "new" / "pca.png"
     main(["--model", str(tmp_path / "model"), "--clip", str(tmp_path / "picture.png"), "--out", str(out), "--size=64"])
     assert Image.open(io.BytesIO(out.read_bytes())).width > 100
+
+
+def test_the_clip_defaults_to_what_the_model_was_trained_on(tmp_path: Path) -> None:
+    trained_on = {"recipe": "demo", "frames": 8, "size": 112}
+    vjepa.hub.save_pretrained(vjepa.create_model("vit_debug"), tmp_path, extra={"pretraining": trained_on})
+    assert trained_geometry(tmp_path) == {"frames": 8, "size": 112}
+    assert trained_geometry(tmp_path / "released.pt") == {}
 
 
 def test_modality_by_ending() -> None:
