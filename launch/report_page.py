@@ -21,7 +21,8 @@ section > p { margin: 0 0 12px; color: var(--soft); max-width: 84ch; }
 .tile b { display: block; font-size: 19px; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 12.5px; }
 img { display: block; max-width: 100%; height: auto; }
-.pictures { display: flex; flex-wrap: wrap; gap: 18px 26px; } figure { margin: 6px 0 0; } figcaption { color: var(--soft); font-size: 13px; margin-bottom: 4px; }
+.pictures { display: flex; flex-wrap: wrap; gap: 18px 26px; }
+figure { margin: 6px 0 0; } figcaption { color: var(--soft); font-size: 13px; margin-bottom: 4px; }
 .status { border-left: 4px solid var(--good); } .status.alarm { border-left-color: var(--bad); }
 .alarm h2 { color: var(--bad); }
 ul { margin: 6px 0 0; padding-left: 20px; } li { margin: 3px 0; max-width: 96ch; }
