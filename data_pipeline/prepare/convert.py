@@ -1,5 +1,6 @@
 """One input file to its samples: decoded once in full, scaled, cut, written again as clean H.264 or JPEG."""
 
+import errno
 import io
 import shutil
 import warnings
@@ -26,6 +27,7 @@ _COPY_CODECS = {"h264", "hevc", "vp8", "vp9", "av1"}
 _COPY_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm"}  # AVI seeks one frame off: always written again
 _KEEP_IMAGES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _JPEG_QUALITY = 92
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def convert(item: Input, options: IngestOptions, scratch: Path) -> Outcome:
@@ -39,6 +41,12 @@ def convert(item: Input, options: IngestOptions, scratch: Path) -> Outcome:
         return _image(item, options, scratch) if item.kind == "image" else _video(item, options, scratch)
     except DecodeError as error:
         return Outcome(notes=[_note(item, "rejected", str(error))])
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        return Outcome(notes=[_note(item, "rejected", f"cannot be read: {error.strerror or error}")])
+    except (ValueError, ArithmeticError) as error:  # sound bytes of a kind that cannot be scaled or encoded
+        return Outcome(notes=[_note(item, "rejected", f"cannot be converted: {type(error).__name__}: {error}")])
 
 
 def _note(item: Input, status: str, reason: str) -> dict[str, Any]:
@@ -64,30 +72,31 @@ def _video(item: Input, options: IngestOptions, scratch: Path) -> Outcome:
         if record:
             return Outcome([record])
     with _open(item.path) as container:
-        frames = Frames(container, video_stream(container), options.max_pixels)
+        frames = Frames(container, video_stream(container), timeline, options.max_pixels)
         writer = _PieceWriter(item, options, scratch, timeline)
         try:
             for frame in on_grid(frames, writer.rate, timeline.duration):
                 writer.write(frame)
         finally:
             writer.close()
-        frames.check_count(timeline.packets)
     return _judge(item, options, frames, writer)
 
 
 def _judge(item: Input, options: IngestOptions, frames: Frames, writer: "_PieceWriter") -> Outcome:
     """The damaged-tail rule: the intact beginning is kept if it is long enough, and the loss is written down."""
+    damage = frames.damage or frames.lost
     if frames.count == 0:
-        raise DecodeError(frames.damage or "no frame could be decoded")
-    if frames.damage is None:
+        raise DecodeError(damage or "no frame could be decoded")
+    if damage is None:
         return Outcome(writer.records)
     long_enough = max(options.min_frames, options.min_seconds * float(writer.rate))
     kept = [record for record in writer.records if record.meta.get("frames", 0) >= long_enough]
     if not kept:
-        raise DecodeError(f"{frames.damage}; the {frames.count} frames before it are too few to keep")
+        raise DecodeError(f"{damage}; the {frames.count} intact frames are too few to keep")
     seconds = kept[-1].meta["start"] + kept[-1].meta["duration"]
     stills = [record for record in writer.records if record.modality == "image"]
-    note = _note(item, "tail lost", f"{frames.damage}; kept the first {seconds:.2f} s")
+    status = "tail lost" if frames.damage else "frames lost"
+    note = _note(item, status, f"{damage}; kept the first {seconds:.2f} s")
     return Outcome(kept + stills, [note])
 
 
@@ -197,10 +206,9 @@ def _copied(item: Input, options: IngestOptions, scratch: Path, timeline: Timeli
     if codec not in _COPY_CODECS or suffix not in _COPY_SUFFIXES:
         return None
     with _open(item.path) as container:
-        frames = Frames(container, video_stream(container), options.max_pixels)
+        frames = Frames(container, video_stream(container), timeline, options.max_pixels)
         last = deque(frames, maxlen=1)
-        frames.check_count(timeline.packets)
-    if frames.damage or not last:
+    if frames.damage or frames.lost or not last:
         return None
     _, frame = last[0]
     key = f"{item.key}-0000"

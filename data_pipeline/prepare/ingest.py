@@ -5,7 +5,6 @@ goes on. The same inputs give the same shards, byte for byte, whatever the numbe
 """
 
 import argparse
-import errno
 import multiprocessing
 import os
 import sys
@@ -15,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.prepare.convert import convert
+from data_pipeline.prepare.convert import DISK_FULL, convert
 from data_pipeline.prepare.find import Input, find_inputs
 from data_pipeline.prepare.options import IngestOptions, Outcome, Report
 from data_pipeline.prepare.writer import SeriesWriter, check_output, new_folder, write_manifest
@@ -45,7 +44,7 @@ def ingest(inputs: Sequence[str | Path], out: str | Path, options: IngestOptions
             if not report.videos + report.images:
                 raise NothingIngested(report)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise ValueError(
                 f"--out {out}: the disk is full; nothing was kept, free some space and run again"
             ) from error
@@ -58,13 +57,17 @@ def _write(items: list[Input], options: IngestOptions, folder: Path, report: Rep
     scratch.mkdir()
     limits = {"shard_bytes": options.shard_bytes, "shard_count": options.shard_count}
     series = {modality: SeriesWriter(folder, modality, **limits) for modality in ("video", "image")}
-    for outcome in _converted(items, options, scratch):
-        report.notes += outcome.notes
-        for record in outcome.records:
-            series[record.modality].write(record)
-        _drop_leftovers(scratch, options.jobs)
-    for writer in series.values():
-        writer.close()
+    try:
+        for outcome in _converted(items, options, scratch):
+            report.notes += outcome.notes
+            for record in outcome.records:
+                series[record.modality].write(record)
+            _drop_leftovers(scratch, options.jobs)
+        for writer in series.values():
+            writer.close()
+    finally:
+        for writer in series.values():
+            writer.abandon()
     entries = series["video"].entries + series["image"].entries
     report.videos = sum(entry["samples"] for entry in series["video"].entries)
     report.images = sum(entry["samples"] for entry in series["image"].entries)

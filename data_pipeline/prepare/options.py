@@ -77,7 +77,7 @@ class Outcome:
 
     records: list[Record] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of rejected.jsonl: path, reason, status (`rejected`, `tail lost` or `skipped`)."""
+    """Rows of rejected.jsonl: path, reason, status (`rejected`, `tail lost`, `frames lost` or `skipped`)."""
 
 
 @dataclass
@@ -99,9 +99,10 @@ class Report:
         return sum(note["status"] == status for note in self.notes)
 
     def __str__(self) -> str:
+        in_part = self.count("tail lost") + self.count("frames lost")
         lines = [
             f"{self.out}: {self.videos} video and {self.images} image samples, {self.bytes / 1e6:.1f} MB; "
-            f"{self.count('rejected')} files rejected, {self.count('tail lost')} lost their tail, "
+            f"{self.count('rejected')} files rejected, {in_part} kept in part, "
             f"{self.count('skipped')} skipped"
         ]
         lines += [f"  {note['status']}: {note['path']}: {note['reason']}" for note in self.notes]

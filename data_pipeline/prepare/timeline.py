@@ -13,7 +13,7 @@ from av.video.stream import VideoStream
 
 from data_pipeline.media import DecodeError
 
-_COMMON = [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60000, 1001), *map(Fraction, (24, 25, 30, 50, 60))]
+_COMMON = [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60000, 1001)]
 _MAX_GAP = 60.0  # seconds without a new frame; a longer one is taken for damaged time stamps
 _LOST_SHARE = 0.1  # of the packets that gave no frame, above which the file counts as damaged
 
@@ -71,7 +71,7 @@ def _rate(gaps: np.ndarray, header: Fraction | None) -> Fraction:
     even = np.mean(np.abs(gaps - middle) <= max(0.1 * middle, 0.0021)) > 0.95  # Matroska rounds to milliseconds
     gap = float(np.mean(gaps[np.abs(gaps - middle) <= 0.0021])) if even else float(np.percentile(gaps, 10))
     rate = Fraction(1 / gap).limit_denominator(1001) if gap > 1 / 1000 else Fraction(1000)
-    near = min(_COMMON, key=lambda common: abs(common - rate))
+    near = min([*_COMMON, Fraction(round(rate) or 1)], key=lambda common: abs(common - rate))
     return near if abs(near - rate) < near / 500 else max(rate, Fraction(1, 100))
 
 
@@ -87,8 +87,9 @@ class Frames:
     Iterating yields (seconds since the first frame, frame), times strictly rising. `end` is the last frame's end.
     """
 
-    def __init__(self, container: InputContainer, stream: VideoStream, max_pixels: int):
+    def __init__(self, container: InputContainer, stream: VideoStream, timeline: Timeline, max_pixels: int):
         self._container, self._stream, self._max_pixels = container, stream, max_pixels
+        self._timeline = timeline
         self.damage: str | None = None
         self.count = 0
         self.end = 0.0
@@ -115,7 +116,7 @@ class Frames:
             if seconds <= latest:
                 continue
             latest = seconds
-            held = frame.duration * float(frame.time_base or 0) if frame.duration else 0.0
+            held = float(frame.duration * (frame.time_base or 0) or 1 / self._timeline.rate)
             self.end = latest - begin + min(held, _MAX_GAP)
             yield latest - begin, frame
 
@@ -135,17 +136,16 @@ class Frames:
             return f"time jumps by {seconds - latest:.6g} s after {self.end:.2f} s"
         return None
 
-    def check_count(self, packets: int) -> None:
-        """Mark the file damaged where many packets gave no frame although no error was raised."""
-        if self.damage is None and self.count < (1 - _LOST_SHARE) * packets:
-            self.damage = f"only {self.count} of {packets} frames could be decoded"
+    @property
+    def lost(self) -> str | None:
+        """After iterating: whether many packets gave no frame although no error was raised, in words."""
+        if self.damage is None and self.count < (1 - _LOST_SHARE) * self._timeline.packets:
+            return f"only {self.count} of {self._timeline.packets} frames could be decoded"
+        return None
 
 
 def on_grid(frames: Frames, rate: Fraction, duration: float) -> Iterator[av.VideoFrame]:
-    """The frame shown at 0, 1/rate, 2/rate, ... seconds: even sources pass unchanged, uneven ones by time.
-
-    The last frame is shown up to `duration`, in a damaged file up to the frame's own end.
-    """
+    """The frame shown at 0, 1/rate, 2/rate, ... seconds up to `duration`: even sources pass unchanged."""
     shown: av.VideoFrame | None = None
     written = 0
     tolerance = 0.25  # of a grid step: rounded time stamps must not repeat one frame and drop the next
@@ -154,7 +154,7 @@ def on_grid(frames: Frames, rate: Fraction, duration: float) -> Iterator[av.Vide
             yield shown
             written += 1
         shown = frame
-    end = frames.end if frames.damage else duration
+    end = min(duration, frames.end)
     while shown is not None and (written == 0 or written + tolerance < end * rate):
         yield shown
         written += 1

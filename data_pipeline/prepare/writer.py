@@ -11,7 +11,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from webdataset.writer import TarWriter
 
@@ -28,6 +28,7 @@ class SeriesWriter:
         self.folder, self.modality = folder, modality
         self.shard_bytes, self.shard_count = shard_bytes, shard_count
         self.entries: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
         self._tar: TarWriter | None = None
         self._rows: dict[str, dict[str, Any]] = {}
         self._bytes = 0
@@ -37,7 +38,8 @@ class SeriesWriter:
         tar = self._tar
         if tar is None or self._bytes >= self.shard_bytes or len(self._rows) >= self.shard_count:
             self.close()
-            tar = self._tar = TarWriter(str(self._path()), encoder=False, mtime=0)
+            self._file = self._path().open("wb")
+            tar = self._tar = TarWriter(self._file, encoder=False, mtime=0)
         scratch = Path(record.scratch)
         data = scratch.read_bytes()
         meta = {"key": record.key, "modality": record.modality} | record.meta
@@ -55,6 +57,8 @@ class SeriesWriter:
         if self._tar is None:
             return
         self._tar.close()
+        assert self._file is not None
+        self._file.close()
         path = self._path()
         index = path.with_suffix(".index.jsonl")
         content = "".join(json.dumps(row) + "\n" for row in _placed(path, self._rows)).encode()
@@ -72,6 +76,13 @@ class SeriesWriter:
             }
         )
         self._tar, self._rows, self._bytes = None, {}, 0
+
+    def abandon(self) -> None:
+        """Let go of a shard that was left open by an error; its folder is about to be removed."""
+        for part in (self._tar, self._file):
+            if part is not None:
+                with contextlib.suppress(OSError):  # what is still buffered may not fit on the disk
+                    part.close()
 
     def _path(self) -> Path:
         return self.folder / f"{self.modality}-{len(self.entries):06d}.tar"

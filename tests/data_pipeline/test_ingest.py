@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from made_videos import ramp, which, write_video
@@ -37,16 +38,14 @@ def records(out: Path, modality: str = "video") -> dict[str, dict[str, Any]]:
 def faststart_video(path: Path, frames: int) -> bytes:
     """A video whose index stands before its frames, so that its beginning can be read alone."""
     noise = np.random.default_rng(0).integers(0, 256, (frames, 48, 64, 3), np.uint8)
-    import av
-
     write_video(path.with_suffix(".plain.mp4"), noise)
-    with av.open(str(path.with_suffix(".plain.mp4"))) as source:
-        with av.open(str(path), "w", options={"movflags": "faststart"}) as target:
-            stream = target.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(source.streams.video[0]):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    target.mux(packet)
+    settings = {"movflags": "faststart"}
+    with av.open(str(path.with_suffix(".plain.mp4"))) as source, av.open(str(path), "w", options=settings) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
     path.with_suffix(".plain.mp4").unlink()
     return path.read_bytes()
 

@@ -29,11 +29,26 @@ def config(shards: Path, workers: int = 0, **values: object) -> DataConfig:
     return dataclasses.replace(DataConfig(video=video, image=image, workers=workers), **values)
 
 
-def loader(shards: Path, *, workers: int = 0, steps: tuple[int, int] = (0, 4), **values: int) -> Loader:
+def loader(
+    shards: Path,
+    *,
+    workers: int = 0,
+    steps: tuple[int, int] = (0, 4),
+    world: int = 1,
+    rank: int = 0,
+    accumulate: int = 1,
+) -> Loader:
     start, stop = steps
-    batch = {"video": 6, "image": 12}
-    settings = config(shards, workers)
-    return build_loader(settings, seed=1, batch=batch, start_step=start, stop_step=stop, **values)
+    return build_loader(
+        config(shards, workers),
+        seed=1,
+        batch={"video": 6, "image": 12},
+        world=world,
+        rank=rank,
+        accumulate=accumulate,
+        start_step=start,
+        stop_step=stop,
+    )
 
 
 def content(samples: list[Sample]) -> list[tuple[int, str, bytes]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import webdataset
+from webdataset.compat import WebDataset
 
 from data_pipeline.shards import RecordError, ShardError, Shards, modalities
 
@@ -19,10 +19,12 @@ def copy(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "copy"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its tar open
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize(("modality", "ext", "count"), [("video", "mp4", 10), ("image", "png", 7)])
 def test_webdataset_and_the_index_read_the_same_bytes(shards: Path, modality: str, ext: str, count: int):
     tars = [str(path) for path in sorted(shards.glob(f"{modality}-*.tar"))]
-    theirs = {sample["__key__"]: sample for sample in webdataset.WebDataset(tars, shardshuffle=False)}
+    theirs = {sample["__key__"]: sample for sample in WebDataset(tars, shardshuffle=False)}
     ours = Shards(shards, modality)
     assert len(theirs) == len(ours) == count
     for i in range(count):
