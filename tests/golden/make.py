@@ -1,0 +1,95 @@
+"""Writes tests/golden/tiny.pt: a checkpoint in the released layout at a tiny size, and what this code computes from it.
+
+    python tests/golden/make.py
+
+It was written once, by the version of the code that reproduced every tensor of the reference's golden file
+(../shared/golden/vjepa21_tiny) within 1e-6. Run it again only together with that comparison: a new file made by broken
+code would hide the break.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import vjepa
+from tests.golden.compute import compute, load_models
+
+DIM, DEPTH, WIDTH, LEVELS = 24, 4, 12, 4
+HEADS, PREDICTOR_HEADS = 1, 1
+FOLDER = Path(__file__).parent
+
+
+def checkpoint(generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
+    """Random weights under the released names, with every bias, embedding and mask token away from zero."""
+
+    def draw(*shape: int) -> Tensor:
+        fan_in = math.prod(shape[1:])
+        scale = 1.5 / max(1, fan_in) ** 0.5 if len(shape) > 1 and shape[0] > 1 else 0.3
+        return torch.randn(shape, generator=generator) * scale
+
+    def block(prefix: str, dim: int) -> dict[str, Tensor]:
+        state = {}
+        for norm in ("norm1", "norm2"):
+            state |= {f"{prefix}.{norm}.weight": 1 + draw(dim), f"{prefix}.{norm}.bias": draw(dim)}
+        for name, rows, columns in (
+            ("attn.qkv", 3 * dim, dim),
+            ("attn.proj", dim, dim),
+            ("mlp.fc1", 4 * dim, dim),
+            ("mlp.fc2", dim, 4 * dim),
+        ):
+            state |= {f"{prefix}.{name}.weight": draw(rows, columns), f"{prefix}.{name}.bias": draw(rows)}
+        return state
+
+    def encoder() -> dict[str, Tensor]:
+        state = {"img_mod_embed": draw(1, 1, DIM), "video_mod_embed": draw(1, 1, DIM)}
+        for name, frames in (("patch_embed", 2), ("patch_embed_img", 1)):
+            state |= {f"{name}.proj.weight": draw(DIM, 3, frames, 8, 8), f"{name}.proj.bias": draw(DIM)}
+        for i in range(DEPTH):
+            state |= block(f"blocks.{i}", DIM)
+        for i in range(LEVELS):
+            state |= {f"norms_block.{i}.weight": 1 + draw(DIM), f"norms_block.{i}.bias": draw(DIM)}
+        return state
+
+    def predictor() -> dict[str, Tensor]:
+        state = {"img_mod_embed": draw(1, 1, WIDTH), "video_mod_embed": draw(1, 1, WIDTH)}
+        state |= {f"mask_tokens.{i}": draw(1, 1, WIDTH) for i in range(2)}
+        state |= {"predictor_embed.0.weight": draw(DIM, LEVELS * DIM), "predictor_embed.0.bias": draw(DIM)}
+        state |= {"predictor_embed.2.weight": draw(WIDTH, DIM), "predictor_embed.2.bias": draw(WIDTH)}
+        for i in range(2):
+            state |= block(f"predictor_blocks.{i}", WIDTH)
+        state |= {"predictor_norm.weight": 1 + draw(WIDTH), "predictor_norm.bias": draw(WIDTH)}
+        for name in ("predictor_proj", "predictor_proj_context"):
+            state |= {f"{name}.weight": draw(LEVELS * DIM, WIDTH), f"{name}.bias": draw(LEVELS * DIM)}
+        return state
+
+    wrap = "module.backbone."
+    parts = {"encoder": encoder(), "target_encoder": encoder(), "predictor": predictor()}
+    return {part: {wrap + name: value for name, value in state.items()} for part, state in parts.items()}
+
+
+def main() -> None:
+    generator = torch.Generator().manual_seed(20261122)
+    weights = FOLDER / "tiny_checkpoint.pt"
+    torch.save(checkpoint(generator), weights)
+    cases = {}
+    for modality, frames in (("video", 4), ("image", 1)):
+        clip = torch.randn(2, 3, frames, 24, 32, generator=generator)
+        tokens = max(1, frames // 2) * 3 * 4
+        order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(2)])
+        third = tokens // 3
+        cases[modality] = {
+            "clip": clip,
+            "masks_context": [order[:, :third].sort().values, order[:, : third // 2].sort().values],
+            "masks_target": [order[:, third : 2 * third].sort().values, order[:, third:].sort().values],
+        }
+    expected = {name: case | compute(case, name, *load_models(weights)) for name, case in cases.items()}
+    torch.save(expected, FOLDER / "tiny_expected.pt")
+    print(vjepa.__name__, {path.name: path.stat().st_size for path in FOLDER.glob("*.pt")})
+
+
+if __name__ == "__main__":
+    main()
