@@ -156,6 +156,7 @@ def load(arguments: argparse.Namespace) -> RunConfig:
 def run(config: RunConfig, *, resume: bool) -> int:
     """Train and turn what can go wrong into one line and an exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("submitit").setLevel(logging.WARNING)
     with catch_stop_signals() as stop:
         try:
             train(config, resume=resume, stop=stop)

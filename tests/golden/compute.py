@@ -17,12 +17,13 @@ from vjepa.objectives.terms import ContextPrediction, MaskedPrediction, Outputs,
 LAMBDA = 0.5
 
 
-def load_models(path: Path, **heads: int) -> tuple[Encoder, Predictor, Encoder]:
+def load_models(path: Path, num_heads: int = 1, predictor_num_heads: int = 1) -> tuple[Encoder, Predictor, Encoder]:
     """Student encoder, predictor and target encoder of a checkpoint in the released layout."""
-    heads = heads or {"num_heads": 1, "predictor_num_heads": 1}
-    encoder, predictor = vjepa.hub.import_official(path, key="encoder", **heads)
-    target, _ = vjepa.hub.import_official(path, key="target_encoder", **heads)
-    return encoder, predictor, target
+
+    def load(key: str) -> tuple[Encoder, Predictor]:
+        return vjepa.hub.import_official(path, key=key, num_heads=num_heads, predictor_num_heads=predictor_num_heads)
+
+    return *load("encoder"), load("target_encoder")[0]
 
 
 def forward(
