@@ -184,6 +184,7 @@ def _stop(iterator: Any) -> None:
     for worker in workers:
         if worker.is_alive():
             worker.kill()
+            worker.join(timeout=5)
 
 
 def _check_modalities(config: DataConfig, batch: dict[str, int]) -> None:

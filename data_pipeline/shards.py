@@ -1,7 +1,7 @@
 """A folder of WebDataset tars with exact random access: open it, count it, read any record's bytes.
 
 The index files stay on disk: a row is looked up by its line's position, so a folder of ten million records costs 80 MB
-and no Python objects. File handles belong to the process that opened them (safe after a fork).
+and no Python objects. Everything is read with pread, which is safe after a fork.
 """
 
 import hashlib
@@ -28,15 +28,19 @@ class RecordError(ValueError):
 
 
 class _Handles:
-    """Open files of this process, least recently used closed first."""
+    """Open files, least recently used closed first.
+
+    A forked process may go on using them: they are only read with pread, which knows no position. A process that is
+    spawned receives none and opens its own.
+    """
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
         self._open: OrderedDict[Path, int] = OrderedDict()
 
+    def __reduce__(self) -> tuple[type["_Handles"], tuple[()]]:
+        return _Handles, ()
+
     def get(self, path: Path) -> int:
-        if self._pid != os.getpid():  # forked: the parent keeps using its own descriptors
-            self._pid, self._open = os.getpid(), OrderedDict()
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
@@ -50,9 +54,8 @@ class _Handles:
         return descriptor
 
     def close(self) -> None:
-        if self._pid == os.getpid():
-            for descriptor in self._open.values():
-                os.close(descriptor)
+        for descriptor in self._open.values():
+            os.close(descriptor)
         self._open.clear()
 
 

@@ -21,7 +21,7 @@ from data_pipeline.media import DecodeError
 from data_pipeline.picture import upright_rgb
 from data_pipeline.prepare.find import Input
 from data_pipeline.prepare.options import IngestOptions, Outcome, Record
-from data_pipeline.prepare.timeline import Frames, Timeline, on_grid, output_rate, scan
+from data_pipeline.prepare.timeline import Frames, Timeline, grid_length, on_grid, output_rate, scan
 
 _COPY_CODECS = {"h264", "hevc", "vp8", "vp9", "av1"}
 _COPY_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm"}  # AVI seeks one frame off: always written again
@@ -106,7 +106,7 @@ class _PieceWriter:
     def __init__(self, item: Input, options: IngestOptions, scratch: Path, timeline: Timeline):
         self.item, self.options, self.scratch = item, options, scratch
         self.rate = output_rate(timeline.rate, options.fps)
-        total = max(1, round(timeline.duration * self.rate))
+        total = grid_length(timeline.duration, self.rate)
         pieces = -(-total // max(1, int(options.max_seconds * self.rate)))
         self.per_piece = -(-total // pieces)
         self.still_at = {int((i + 0.5) * total / options.stills) for i in range(options.stills)}

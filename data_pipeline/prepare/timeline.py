@@ -15,6 +15,7 @@ from data_pipeline.media import DecodeError
 
 _COMMON = [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60000, 1001)]
 _MAX_GAP = 60.0  # seconds without a new frame; a longer one is taken for damaged time stamps
+_TOLERANCE = 0.25  # of a grid step: rounded time stamps must not repeat one frame and drop the next
 _LOST_SHARE = 0.1  # of the packets that gave no frame, above which the file counts as damaged
 
 
@@ -144,18 +145,22 @@ class Frames:
         return None
 
 
+def grid_length(duration: float, rate: Fraction) -> int:
+    """How many frames `on_grid` gives for a sound file."""
+    return max(1, math.ceil(duration * rate - _TOLERANCE))
+
+
 def on_grid(frames: Frames, rate: Fraction, duration: float) -> Iterator[av.VideoFrame]:
     """The frame shown at 0, 1/rate, 2/rate, ... seconds up to `duration`: even sources pass unchanged."""
     shown: av.VideoFrame | None = None
     written = 0
-    tolerance = 0.25  # of a grid step: rounded time stamps must not repeat one frame and drop the next
     for seconds, frame in frames:
-        while shown is not None and written + tolerance < seconds * rate:
+        while shown is not None and written + _TOLERANCE < seconds * rate:
             yield shown
             written += 1
         shown = frame
     end = min(duration, frames.end)
-    while shown is not None and (written == 0 or written + tolerance < end * rate):
+    while shown is not None and (written == 0 or written + _TOLERANCE < end * rate):
         yield shown
         written += 1
 

@@ -122,6 +122,12 @@ def test_a_fast_source_keeps_every_nth_frame_and_a_large_one_is_scaled_down(tmp_
     assert which(frames.numpy()) == [0, 3, 6, 9, 12, 15, 18, 21]
 
 
+def test_a_length_that_is_no_multiple_of_the_step_leaves_no_scrap_behind(tmp_path: Path):
+    write_video(tmp_path / "odd.mp4", ramp(25), fps=24)
+    ingest([tmp_path / "odd.mp4"], tmp_path / "out", IngestOptions(fps=8))
+    assert [row["frames"] for row in records(tmp_path / "out").values()] == [9]
+
+
 def test_a_small_source_is_never_scaled_up(tmp_path: Path):
     write_video(tmp_path / "small.mp4", ramp(3))
     ingest([tmp_path / "small.mp4"], tmp_path / "out")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_an_index_outside_the_shards_is_an_error(shards: Path):
             Shards(shards, "video").read(index)
 
 
-def test_handles_are_not_shared_with_a_forked_process(shards: Path):
+def test_a_forked_process_reads_on_and_closes_only_its_own(shards: Path):
     opened = Shards(shards, "video")
     expected = opened.read(3)[0]
     child = os.fork()
@@ -60,6 +61,14 @@ def test_handles_are_not_shared_with_a_forked_process(shards: Path):
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert opened.read(3)[0] == expected
+
+
+def test_a_pickled_folder_opens_its_files_anew(shards: Path):
+    opened = Shards(shards, "video")
+    expected = opened.read(3)[0]
+    sent = pickle.dumps(opened)
+    opened.close()  # the descriptors of this process mean nothing in another one
+    assert pickle.loads(sent).read(3)[0] == expected
 
 
 def _no_manifest(folder: Path) -> None:
