@@ -45,7 +45,7 @@ def _digest(options: argparse.Namespace) -> None:
     for step, item in enumerate(loader, start=options.start):
         samples = item[modality]
         print(json.dumps({"step": step, "epoch": loader.epoch_of(modality, step)} | _row(samples)), flush=True)
-        for bad in loader.take_rejected():
+        for bad in (bad for sample in samples for bad in sample.rejected):
             print(f"replaced {bad.source}/{bad.key} at ordinal {bad.ordinal}: {bad.reason}", file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from data_pipeline.config import ClipConfig, DataConfig
 from data_pipeline.dataset import ClipDataset
 from data_pipeline.plan import check_batch, micro_batches
-from data_pipeline.sample import BadSample, Sample
+from data_pipeline.sample import Sample
 from data_pipeline.worker import start_worker
 
 Collate = Callable[[list[Sample]], Any]
@@ -50,26 +50,24 @@ class StepSampler(Sampler[dict[str, range]]):
 
 
 class _CollateAll:
-    """Collates every modality in the worker; the bad samples travel beside the result."""
+    """Collates every modality in the worker."""
 
     def __init__(self, collate: Collate):
         self.collate = collate
 
-    def __call__(self, samples: Any) -> tuple[dict[str, Any], list[BadSample]]:
-        rejected = [bad for group in samples.values() for sample in group for bad in sample.rejected]
-        return {modality: self.collate(group) for modality, group in samples.items()}, rejected
+    def __call__(self, samples: Any) -> dict[str, Any]:
+        return {modality: self.collate(group) for modality, group in samples.items()}
 
 
 class Loader:
     """Iterate for `{modality: collate(samples)}`, one item per micro-batch of every modality.
 
-    Each iteration starts again at `start_step`. `take_rejected()` gives the bad samples replaced in the items yielded
-    since it was last called, so that the trainer can count them and write them down.
+    Each iteration starts again at `start_step`. Records that were replaced stand in `Sample.rejected`: a collate
+    function hands them on, so that the trainer can count them and write them down.
     """
 
     def __init__(self, loader: DataLoader[Any], dataset: ClipDataset, sampler: StepSampler):
         self._loader = loader
-        self._rejected: list[BadSample] = []
         self._sampler = sampler
         self.dataset = dataset
         self.info = dataset.info()
@@ -78,9 +76,7 @@ class Loader:
         with _trusting_the_worker_count():
             iterator = iter(self._loader)
         try:
-            for item, rejected in iterator:
-                self._rejected += rejected
-                yield item
+            yield from iterator
         finally:
             _stop(iterator)
 
@@ -89,11 +85,6 @@ class Loader:
         if self._sampler.stop_step is None:
             raise TypeError("a loader without stop_step has no length")
         return max(0, self._sampler.stop_step - self._sampler.start_step) * self._sampler.accumulate
-
-    def take_rejected(self) -> list[BadSample]:
-        """The bad samples of the items yielded since the last call."""
-        taken, self._rejected = self._rejected, []
-        return taken
 
     def epoch_of(self, modality: str, step: int) -> int:
         """The epoch at the first ordinal of a step: samples seen before it over the number of records."""
