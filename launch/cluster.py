@@ -7,6 +7,7 @@ with it: nothing trains on unseen.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import signal
@@ -39,6 +40,7 @@ class LocalTask:
 
     def __call__(self) -> int:
         die_with(self.owner)
+        logging.getLogger("submitit").propagate = False  # it has a handler of its own
         if submitit.JobEnvironment().num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         return run(self.config, resume=self.resume)
@@ -66,7 +68,8 @@ def run_locally(config: RunConfig, *, resume: bool) -> int:
     """Run one process per GPU (one on a CPU), stream their log, and return the run's exit status."""
     run_dir = Path(config.run_dir)
     processes = max(1, torch.cuda.device_count()) if config.train.device != "cpu" else 1
-    executor = submitit.LocalExecutor(folder=run_dir / "job")
+    # submitit names its files by process id, which a container hands out again: a folder for each start.
+    executor = submitit.LocalExecutor(folder=run_dir / "job" / time.strftime("%Y%m%d-%H%M%S"))
     executor.update_parameters(
         timeout_min=NO_TIME_LIMIT_MIN,
         tasks_per_node=processes,
@@ -75,9 +78,9 @@ def run_locally(config: RunConfig, *, resume: bool) -> int:
     )
     with _environment(), _ignoring_interrupts():
         job = executor.submit(LocalTask(config, resume=resume, owner=os.getpid()))
-    with _forwarding_signals(job):
+    with _forwarding_signals(job) as received:
         _follow(job, run_dir, config)
-    return _status(job, processes)
+    return _status(job, processes, received)
 
 
 @contextmanager
@@ -109,21 +112,23 @@ def _ignoring_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _forwarding_signals(job: Any) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: the run saves and stops. Second: it is killed; its last checkpoint stays."""
-    received = 0
+def _forwarding_signals(job: Any) -> Iterator[list[int]]:
+    """First Ctrl-C or SIGTERM: the run saves and stops. Second: it is killed; its last checkpoint stays.
+
+    Yields the signals received.
+    """
+    received: list[int] = []
 
     def forward(signum: int, frame: object) -> None:
-        nonlocal received
-        received += 1
-        if received > 1:
+        received.append(signum)
+        if len(received) > 1:
             os._exit(128 + signum)  # the run's processes die with this one
         print("stopping: the run saves first (once more to kill it)", file=sys.stderr, flush=True)
         job._process.send_signal(signal.SIGTERM)  # the controller forwards it to its tasks
 
     previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -156,7 +161,7 @@ class _Tail:
     """Complete lines that were added to a file since the last look."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._position, self._rest = path, 0, ""
+        self.path, self._position, self._rest = path, 0, b""
 
     def skip(self) -> None:
         """Begin at the file's end."""
@@ -165,22 +170,27 @@ class _Tail:
     def read(self, is_last: bool) -> list[str]:
         if not self.path.exists():
             return []
-        with self.path.open() as file:
+        with self.path.open("rb") as file:
             if self.path.stat().st_size < self._position:  # cut back by a resume
-                self._position, self._rest = self.path.stat().st_size, ""
+                self._position, self._rest = self.path.stat().st_size, b""
             file.seek(self._position)
             text = self._rest + file.read()
             self._position = file.tell()
-        lines = text.split("\n")
-        self._rest = "" if is_last else lines.pop()
-        return [line for line in lines if line]
+        lines = text.split(b"\n")
+        self._rest = b"" if is_last else lines.pop()
+        return [line.decode(errors="replace") for line in lines if line]
 
 
-def _status(job: Any, processes: int) -> int:
+def _status(job: Any, processes: int, received: list[int]) -> int:
     """The first exit status that is not 0; a process that died without one is reported with the place of its log."""
     try:
-        return next((status for status in job.results() if status), 0)
+        status = next((status for status in job.results() if status), 0)
+        # The run was told to stop by SIGTERM, whatever this process was told.
+        return 128 + received[0] if received and status == 128 + signal.SIGTERM else status
     except UncompletedJobError as error:
+        if received:  # before it could handle signals
+            print("stopped before the first step: nothing is lost", file=sys.stderr)
+            return 128 + received[0]
         logs = ", ".join(str(job.paths.folder / f"{job.job_id}_{rank}_log.out") for rank in range(processes))
         print(
             f"error: the run's process died without a result ({str(error).splitlines()[0]}); logs: {logs}",

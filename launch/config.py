@@ -11,7 +11,7 @@ from typing import Literal
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.config import DataConfig
-from vjepa.config import ConfigError, ModelConfig, PredictorSettings, merge, read_recipe, to_object
+from vjepa.config import ConfigError, ModelConfig, PredictorSettings, config_hash, merge, read_recipe, to_object
 from vjepa.masking.collate import MaskConfig, micro_batches_per_step
 from vjepa.objectives import ObjectiveConfig
 from vjepa.objectives.terms import build_terms
@@ -52,7 +52,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    def check(self, world: int = 1) -> int:
+    def check(self, world: int = 1, *, needs_sources: bool = True) -> int:
         """Refuse combinations that no single field can see; the micro-batches per step and rank."""
         build_terms(self.objective.terms)
         encoder = self.model.encoder_config()
@@ -66,20 +66,22 @@ class RunConfig:
                 f"data.video.clip.frames={self.data.video.clip.frames} must be a multiple of "
                 f"model.tubelet_size={encoder.tubelet_size}"
             )
-        batch = self.train.batch.as_dict()
-        for modality in ("video", "image"):
-            sources = getattr(self.data, modality).sources
-            if modality in batch and not sources:
-                raise ConfigError(
-                    f"train.batch.{modality}={batch[modality]} but data.{modality}.sources is empty: add "
-                    f"data.{modality}.sources.NAME.path=SHARDS, or set train.batch.{modality}=0"
-                )
+        if needs_sources and (missing := self.missing_sources()):
+            raise ConfigError("; ".join(missing))
+        batch, micro_batch = self.train.batch.as_dict(), self.train.micro_batch.as_dict()
         try:
-            return micro_batches_per_step(
-                self.mask, batch=batch, world=world, micro_batch=self.train.micro_batch.as_dict()
-            )
+            return micro_batches_per_step(self.mask, batch=batch, world=world, micro_batch=micro_batch)
         except ValueError as error:
             raise ConfigError(f"train.{error}" if str(error).startswith("batch") else str(error)) from error
+
+    def missing_sources(self) -> list[str]:
+        """What must be said about data before the run can start, one entry per modality without any."""
+        return [
+            f"train.batch.{modality}={size} but data.{modality}.sources is empty: add "
+            f"data.{modality}.sources.NAME.path=SHARDS, or set train.batch.{modality}=0"
+            for modality, size in self.train.batch.as_dict().items()
+            if modality not in self.data.modalities()
+        ]
 
 
 def list_recipes() -> list[str]:
@@ -118,17 +120,23 @@ def option_path(name: str) -> Path:
     return path
 
 
-def load_for_resume(stored: Path, overrides: Sequence[str]) -> RunConfig:
-    """The configuration stored with a run, under overrides that change no number; others are refused by name."""
-    base = OmegaConf.load(stored)
-    assert isinstance(base, DictConfig)
+def load_for_resume(
+    stored: Path,
+    overrides: Sequence[str],
+    recipe: str | None = None,
+    stage: str | None = None,
+    *,
+    options: Sequence[str] = (),
+) -> RunConfig:
+    """The configuration stored with a run, under what is asked now; what would change a number is refused by name."""
+    base = read_recipe(stored)
+    if not base.get("recipe"):
+        raise ConfigError(f"{stored} is not the configuration of a run (no recipe in it): put the run's own back")
     before = merge(RunConfig, [base], [])
-    after = merge(RunConfig, [base], overrides)
-    changed = [
-        f"{key}: {old!r} -> {new!r}"
-        for key, old, new in _differences(before, after)
-        if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
-    ]
+    asked = {name: value for name, value in (("recipe", recipe), ("stage", stage)) if value is not None}
+    layers = [base, *(read_recipe(option_path(name)) for name in options), OmegaConf.create(asked)]
+    after = merge(RunConfig, layers, overrides)
+    changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in _differences(before, after) if not _is_free(key)]
     if changed:
         raise ConfigError(
             "--resume goes on with the same run, but the command changes what decides its numbers:\n  "
@@ -136,6 +144,16 @@ def load_for_resume(stored: Path, overrides: Sequence[str]) -> RunConfig:
             + "\nLeave these out, or start a new run in another run_dir"
         )
     return to_object(after)
+
+
+def numbers_hash(config: RunConfig) -> str:
+    """A short name for what decides a run's numbers, the same in every segment of a run."""
+    leaves = _leaves(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    return config_hash(repr([(key, value) for key, value in sorted(leaves.items()) if not _is_free(key)]))
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
 def _differences(before: DictConfig, after: DictConfig) -> list[tuple[str, object, object]]:

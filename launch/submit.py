@@ -7,18 +7,22 @@ python launch/submit.py --stage primary [--recipe NAME] [--cluster auto|local|sl
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 # Run by path, Python puts launch/ first on sys.path: put the checkout there instead.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of imports: end, without a traceback
 
 from launch.cluster import run_locally
 from launch.config import RunConfig
 from launch.report import build_report
 from launch.train import add_run_arguments, load
 from vjepa.config import ConfigError, build_models, config_hash, to_yaml
+from vjepa.train.run_dir import RunDir
 
 DEFAULT_RECIPE = "demo"
 
@@ -46,7 +50,11 @@ def describe(config: RunConfig) -> str:
     counts = {"encoder": encoder, "predictor": predictor}
     lines = [f"{name}: {sum(p.numel() for p in module.parameters()):,} parameters" for name, module in counts.items()]
     yaml = to_yaml(config)
-    return "\n".join([yaml.rstrip(), "", *lines, f"configuration {config_hash(yaml)}"])
+    lines += [
+        f"configuration {config_hash(yaml)}",
+        *(f"not ready to start: {text}" for text in config.missing_sources()),
+    ]
+    return "\n".join([yaml.rstrip(), "", *lines])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,13 +65,25 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _open(run: RunDir, *, resume: bool) -> None:
+    """Refuse here, in a moment, what the run's process would refuse after its start-up."""
+    if not resume:
+        run.refuse_existing()
+    run.make()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     try:
         cluster = choose_cluster(arguments.cluster)
-        arguments.recipe, why = choose_recipe(arguments.recipe)
-        config = load(arguments)
-        config.check()
+        asked = arguments.recipe
+        arguments.recipe, why = choose_recipe(asked)
+        config = load(arguments, is_recipe_asked=asked is not None)
+        if config.recipe != arguments.recipe and asked is None:
+            why = "the run's own"
+        config.check(needs_sources=not arguments.dry_run)
+        if not arguments.dry_run:
+            _open(RunDir(config.run_dir), resume=arguments.resume)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

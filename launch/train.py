@@ -10,23 +10,25 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from data_pipeline.loader import build_loader
-from launch.config import RunConfig, load_config, load_for_resume
+from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
 from launch.prepare import prepare_data
 from vjepa.batch import MicroBatch
-from vjepa.config import build_models, config_hash, to_yaml
+from vjepa.config import ConfigError, build_models, to_yaml
 from vjepa.masking.collate import MaskCollator
 from vjepa.objectives.jepa import JEPA, freeze_unused
 from vjepa.train.distributed import World, init_world
 from vjepa.train.record import Interrupted
 from vjepa.train.run_dir import RunDir, write_text
-from vjepa.train.signals import StopFlag, catch_stop_signals
+from vjepa.train.signals import StopFlag, StoppedEarly, catch_stop_signals
 from vjepa.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +38,8 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
     """Run one stage on this rank, to its end or to an agreed stop."""
     torch.set_num_threads(config.train.threads)
-    with init_world(config.train.device) as world:
+    with init_world(config.train.device) as world, closing(RunDir(config.run_dir)) as run:
         num_micro_batches = config.check(world.size)
-        run = RunDir(config.run_dir)
         world.on_main(lambda: _open_run(run, config, resume))
         batch = config.train.batch.as_dict()
         encoder, predictor = build_models(config.model, config.predictor, seed=config.train.seed, device=world.device)
@@ -53,10 +54,11 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
             run=run,
             max_bad_fraction=config.data.max_bad_fraction,
             title=f"{config.recipe}/{config.stage}",
-            config_hash=config_hash(to_yaml(config)),
+            config_hash=numbers_hash(config),
         )
         if resume:
-            say(world, f"resumed from step {trainer.resume()}")
+            step = trainer.resume()
+            say(world, f"resumed from step {step}" + ("" if step else f": {run.path} holds no complete checkpoint"))
         say(world, _summary_line(config, world, objective, num_micro_batches, frozen))
         trainer.fit(stop)
         world.on_main(lambda: _finish(config, run, trainer))
@@ -66,6 +68,8 @@ def _open_run(run: RunDir, config: RunConfig, resume: bool) -> None:
     if not resume:
         run.refuse_existing()
     run.lock()
+    if not resume:
+        run.refuse_existing()  # the process that held the lock may have begun a run
     prepare_data(config)
     run.describe(to_yaml(config), ROOT)
 
@@ -81,9 +85,18 @@ def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callabl
         tubelet_size=config.model.tubelet_size,
     )
 
+    data = replace(
+        config.data,
+        **{
+            modality: replace(part, sources={})
+            for modality, part in config.data.modalities().items()
+            if modality not in batch
+        },
+    )
+
     def stream(step: int) -> Iterator[MicroBatch]:
         loader = build_loader(
-            config.data,
+            data,
             seed=config.train.seed,
             batch={str(modality): size for modality, size in batch.items()},
             world=world.size,
@@ -144,12 +157,19 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe_required: bool 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=1000")
 
 
-def load(arguments: argparse.Namespace) -> RunConfig:
-    """The configuration asked for: of a new run, or of the one to resume."""
+def load(arguments: argparse.Namespace, *, is_recipe_asked: bool = True) -> RunConfig:
+    """The configuration asked for: of a new run, or of the one to resume, which knows its recipe if none is asked."""
     config = load_config(arguments.recipe, arguments.stage, arguments.overrides, options=arguments.option)
-    stored = RunDir(config.run_dir).config
-    if arguments.resume and stored.is_file():
-        return load_for_resume(stored, arguments.overrides)
+    held = RunDir(config.run_dir)
+    if not arguments.resume:
+        return config
+    if held.config.is_file():
+        recipe = config.recipe if is_recipe_asked else None
+        return load_for_resume(held.config, arguments.overrides, recipe, arguments.stage, options=arguments.option)
+    if held.checkpoints.exists():
+        raise ConfigError(
+            f"{held.config} is missing, but {held.checkpoints} exists: put the run's configuration back, then --resume"
+        )
     return config
 
 
@@ -163,11 +183,20 @@ def run(config: RunConfig, *, resume: bool) -> int:
         except Interrupted as interrupted:
             print(interrupted, flush=True)
             return 128 + interrupted.signum
+        except StoppedEarly as stopped:
+            print(stopped, flush=True)
+            return 128 + stopped.signum
         except (ValueError, RuntimeError, OSError) as error:
             log.debug("", exc_info=True)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {_in_one_line(error)} (run_dir={config.run_dir})", file=sys.stderr, flush=True)
             return 1
     return 0
+
+
+def _in_one_line(error: Exception) -> str:
+    """The message; of an error that came out of a data worker with its whole traceback, the last line."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "Original Traceback" in text else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

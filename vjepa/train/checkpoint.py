@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from vjepa.train.distributed import World
@@ -31,6 +32,7 @@ from vjepa.train.distributed import World
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d{8,})$")
 COMMITTED, MANIFEST, META, PARTIAL = "COMMITTED", "manifest.sha256", "meta.json", ".partial"
+FULL_BELOW_BYTES = 1 << 20  # with less than this free, a save that failed did so for want of space
 
 
 class CheckpointError(RuntimeError):
@@ -69,20 +71,20 @@ def save(root: Path, step: int, state: Mapping[str, Any], meta: Mapping[str, Any
     final = checkpoint_path(root, step)
     partial = final.with_name(final.name + PARTIAL)
     try:
-        if world.is_main:
-            _remove(partial)
-            partial.mkdir(parents=True)
-        world.barrier()
+        world.on_main(lambda: _begin(partial))
         writer = FileSystemWriter(partial / "dcp", sync_files=True)
         with _without_single_process_warning():
             state_dict_saver.save(dict(state), storage_writer=writer, no_dist=world.size == 1)
-        if world.is_main:
-            _commit(partial, final, meta)
-            _retire(root, keep)
-    except Exception as error:
+        world.on_main(lambda: _commit(partial, final, meta))
+    except (Exception, CheckpointException) as error:  # torch's own is a BaseException
         raise _save_error(final, partial, error, world) from error
-    world.barrier()
+    world.on_main(lambda: _retire(root, keep))
     return final
+
+
+def _begin(partial: Path) -> None:
+    _remove(partial)
+    partial.mkdir(parents=True)
 
 
 @contextmanager
@@ -93,23 +95,40 @@ def _without_single_process_warning() -> Iterator[None]:
         yield
 
 
-def _save_error(final: Path, partial: Path, error: Exception, world: World) -> CheckpointError:
+def _save_error(final: Path, partial: Path, error: BaseException, world: World) -> CheckpointError:
+    is_full = _is_full(error, final.parent)
     if world.is_main:
         _remove(partial)
-    cause = _root_cause(error)
-    full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = (
+    reason = (
         f"the disk or quota of {final.parent} is full: free space and start again with --resume"
-        if full or "No space left" in str(error)
-        else f"{type(cause).__name__}: {cause}"
+        if is_full
+        else _root_cause(error)
     )
-    return CheckpointError(f"checkpoint {final} could not be written: {remedy}. Committed checkpoints are untouched.")
+    return CheckpointError(f"checkpoint {final} could not be written: {reason}. Committed checkpoints are untouched.")
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
-    return error
+def _is_full(error: BaseException, folder: Path) -> bool:
+    numbers = {cause.errno for cause in _causes(error) if isinstance(cause, OSError)}
+    if numbers & {errno.ENOSPC, errno.EDQUOT}:
+        return True
+    # torch may turn a short write into an error of its own format
+    return folder.is_dir() and shutil.disk_usage(folder).free < FULL_BELOW_BYTES
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, through torch's collection of the ranks' failures, root last."""
+    yield error
+    behind = [error.__cause__ or error.__context__]
+    if isinstance(error, CheckpointException):
+        behind = [failure for failure, _ in error.failures.values()]
+    for cause in behind:
+        if cause is not None:
+            yield from _causes(cause)
+
+
+def _root_cause(error: BaseException) -> str:
+    root = list(_causes(error))[-1]
+    return f"{type(root).__name__}: {str(root).strip().partition(chr(10))[0]}"
 
 
 def _commit(partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
@@ -117,9 +136,15 @@ def _commit(partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
     lines = [f"{_sha256(path)}  {path.relative_to(partial)}" for path in sorted(partial.rglob("*")) if path.is_file()]
     _write(partial / MANIFEST, "\n".join(lines) + "\n")
     _write(partial / COMMITTED, f"{_sha256(partial / MANIFEST)}\n")
-    _remove(final)  # an uncommitted folder of that name, or the same step saved again
+    for folder in (partial / "dcp", partial):
+        _sync_folder(folder)
+    replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
+    _remove(replaced)
+    if final.exists():  # an uncommitted folder of that name, or the same step saved again
+        final.rename(replaced)  # at once: a half-removed checkpoint must not look whole
     partial.rename(final)
     _sync_folder(final.parent)
+    _remove(replaced)
 
 
 def _retire(root: Path, keep: int) -> None:
@@ -130,7 +155,7 @@ def _retire(root: Path, keep: int) -> None:
 
 def load(path: Path, state: dict[str, Any], world: World) -> dict[str, Any]:
     """Verify the checkpoint and load it into `state` in place, collectively; returns its meta."""
-    problem = world.broadcast_object(_verify(path) if world.is_main else None)
+    problem = world.on_main(lambda: _verify(path))
     if problem:
         raise CheckpointError(
             f"checkpoint {path} is damaged: {problem}. Move it away and start again with --resume to go on from the "
@@ -138,8 +163,11 @@ def load(path: Path, state: dict[str, Any], world: World) -> dict[str, Any]:
         )
     reader = FileSystemReader(path / "dcp")
     _compare_keys(path, state, reader)
-    with _without_single_process_warning():
-        state_dict_loader.load(state, storage_reader=reader, no_dist=world.size == 1)
+    try:
+        with _without_single_process_warning():
+            state_dict_loader.load(state, storage_reader=reader, no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise CheckpointError(f"checkpoint {path} does not fit this run: {_root_cause(error)}") from error
     return read_meta(path)
 
 
@@ -208,8 +236,7 @@ def _remove(path: Path) -> None:
 
 def newest(root: Path, world: World) -> tuple[int, Path] | None:
     """The newest complete checkpoint, the same on all ranks."""
-    found = committed(root) if world.is_main else []
-    return world.broadcast_object(found[-1] if found else None)
+    return world.on_main(lambda: max(committed(root), default=None))
 
 
 def clean_partial(root: Path) -> None:

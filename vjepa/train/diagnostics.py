@@ -35,15 +35,19 @@ def mean_cosine(z: Tensor) -> Tensor:
 
 
 def rankme(z: Tensor) -> Tensor:
-    """Effective rank of uncentred features z: [N, D], between 1 and min(N, D) (RankMe, arXiv 2210.02885)."""
+    """Effective rank of uncentred features z: [N, D], between 1 and min(N, D) (RankMe, arXiv 2210.02885).
+
+    Not a number where a feature is not finite: the run is stopped for that elsewhere, with the samples named.
+    """
     z = _samples(z).double()
     gram = z.T @ z if z.shape[1] <= z.shape[0] else z @ z.T
-    squared = torch.linalg.eigvalsh(gram)
+    is_finite = torch.isfinite(gram).all()
+    squared = torch.linalg.eigvalsh(torch.where(is_finite, gram, 0))  # raises on what is not finite
     # Eigenvalues below the rounding error of the largest are noise, and their square roots would count.
     noise = squared[-1] * torch.finfo(torch.float64).eps * len(squared)
     singular = torch.where(squared > noise, squared, 0).sqrt()
     p = singular / singular.sum().clamp_min(TINY)
-    return torch.special.entr(p).sum().exp().float()
+    return torch.where(is_finite, torch.special.entr(p).sum().exp(), torch.nan).float()
 
 
 def target_prediction_cosine(predicted: Tensor, target: Tensor) -> Tensor:

@@ -61,16 +61,17 @@ class World:
         return holder[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """The result of `action`, run on the main rank alone; what it raises is raised on all ranks."""
+        """The result of `action`, run on the main rank alone; where it raises, the others raise RuntimeError."""
         outcome: Any = None
         if self.is_main:
             try:
                 outcome = (action(), None)
             except Exception as error:
-                outcome = (None, error)
-        result, error = self.broadcast_object(outcome)
-        if error is not None:
-            raise error
+                self.broadcast_object((None, str(error)))  # the text alone: not every exception can be pickled
+                raise
+        result, problem = self.broadcast_object(outcome)
+        if problem is not None:
+            raise RuntimeError(f"the main rank stopped: {problem}")
         return result
 
     def barrier(self) -> None:

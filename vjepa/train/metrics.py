@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vjepa.train.run_dir import RunDirError
+
 PLAIN_LINE_EVERY_S = 5.0
 
 
@@ -19,7 +21,8 @@ class MetricsWriter:
     """Appends one JSON object per logged step and mirrors it to TensorBoard. For the main rank only."""
 
     def __init__(self, path: Path, *, start_step: int, tensorboard: bool) -> None:
-        self._file = path.open("a")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # costs a second of import
@@ -28,8 +31,16 @@ class MetricsWriter:
 
     def write(self, row: Mapping[str, float | int]) -> None:
         """Write a row with at least `step`; it reaches the operating system before this returns."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            written = self._file.write(line)
+            if written < len(line):  # a disk takes what fits, and says at the next byte that it is full
+                self._file.write(line[written:])
+        except OSError as error:
+            raise RunDirError(
+                f"{self._path} could not be written at step {row['step']} ({error.strerror}): make room or mend the "
+                "disk, then --resume"
+            ) from error
         if self._board is not None:
             for name, value in row.items():
                 if name != "step":

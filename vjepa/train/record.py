@@ -59,7 +59,7 @@ class StepRecord:
     clips: int = 0
     num_micro_batches: int = 0
     is_diagnostic: bool = False
-    is_finite: Tensor | None = None
+    loss_is_finite: Tensor | None = None
     reduced: Tensor | None = None
 
     def add(self, micro_batch: MicroBatch, metrics: dict[str, Tensor]) -> None:
@@ -78,11 +78,12 @@ class StepRecord:
 
     def reduce(self, world: World, stop: StopFlag, *, loss: str, grad_norm: Tensor) -> None:
         """Sum over ranks what all must know, in one collective; nothing is read by the host."""
-        self.is_finite = torch.isfinite(self.sums[loss]) & torch.isfinite(grad_norm)
+        self.loss_is_finite = torch.isfinite(self.sums[loss])
+        is_finite = self.loss_is_finite & torch.isfinite(grad_norm)
         device = grad_norm.device
         means = [value / self.num_micro_batches for value in self.sums.values()] + list(self.means.values())
         flags = torch.tensor([len(self.bad), self.clips, *stop.as_list()], dtype=torch.float64, device=device)
-        values = [value.to(device, torch.float64).reshape(1) for value in (*means, ~self.is_finite)]
+        values = [value.to(device, torch.float64).reshape(1) for value in (*means, ~is_finite)]
         self.reduced = world.sum(torch.cat([*values, flags]))
 
 
@@ -161,9 +162,11 @@ class Recorder:
             self.message(f"ALARM at step {record.step}: {text}")
 
     def _stop_non_finite(self, record: StepRecord, row: dict[str, float]) -> None:
-        assert record.is_finite is not None
-        mine = None if bool(record.is_finite) else record.keys
-        culprits = {rank: keys for rank, keys in enumerate(self.world.gather_objects(mine)) if keys}
+        assert record.loss_is_finite is not None
+        everyone = self.world.gather_objects((bool(record.loss_is_finite), record.keys))
+        culprits = {rank: keys for rank, (is_finite, keys) in enumerate(everyone) if not is_finite}
+        if not culprits:  # the gradient alone, and that is everyone's
+            culprits = {rank: keys for rank, (_, keys) in enumerate(everyone)}
         path = self.run.path / f"non_finite_step_{record.step:08d}.json"
         if self.world.is_main:
             numbers = {name: repr(value) for name, value in (row | record.row).items()}

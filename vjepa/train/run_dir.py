@@ -28,7 +28,7 @@ class RunDirError(ValueError):
 
 
 class RunDir:
-    """One run's folder. Construct it on the main rank only; `open` takes the lock for the life of the process."""
+    """One run's folder; the main rank alone locks it and writes to it."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -58,12 +58,22 @@ class RunDir:
                 "the folder away"
             )
 
+    def make(self) -> None:
+        """Make the folder; one that cannot be made or written is refused."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".lock").touch()
+        except OSError as error:
+            raise RunDirError(
+                f"{self.path} cannot be written ({error.strerror}): choose another run_dir=..."
+            ) from error
+
     def lock(self) -> None:
         """Take the run for this process; a run that another live process holds is refused.
 
         A record lock: forked data workers do not inherit it, and it dies with the process.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.make()
         self._lock = (self.path / ".lock").open("a+")
         deadline = time.monotonic() + LOCK_PATIENCE_S  # the process that held it may be dying just now
         while True:
@@ -74,6 +84,7 @@ class RunDir:
                 if time.monotonic() > deadline:
                     self._lock.seek(0)
                     holder = self._lock.read().strip() or "unknown process"
+                    self.close()
                     raise RunDirError(
                         f"{self.path} is in use by another process ({holder}): two processes must not train into one "
                         "run directory. Stop it first, or choose another run_dir=..."
@@ -82,6 +93,12 @@ class RunDir:
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {platform.node()}\n")
         self._lock.flush()
+
+    def close(self) -> None:
+        """Let go of the run; the end of the process does it too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def describe(self, config_yaml: str, source_folder: Path) -> None:
         """Write config.yaml, append to command.txt, and record versions, devices and the state of the source."""
@@ -92,6 +109,10 @@ class RunDir:
 
     def cut_back(self, step: int) -> None:
         """Drop metrics and bad samples that were logged after `step`: they will be logged again."""
+        if step and not self.metrics.exists():
+            log.warning(
+                "%s is gone, and with it the rows up to step %d: the run goes on without them", self.metrics, step
+            )
         for path in (self.metrics, self.bad_samples):
             if path.exists():
                 cut_jsonl(path, lambda row: row["step"] <= step)
@@ -99,17 +120,19 @@ class RunDir:
 
 def cut_jsonl(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     """Rewrite a jsonl file with the rows to keep; a last line torn by a kill is dropped."""
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     kept = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) - 1:
+            if keep(json.loads(line)):
+                kept.append(line.decode())
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
                 break
-            raise RunDirError(f"{path}, line {number + 1} is not JSON: {error}") from error
-        if keep(row):
-            kept.append(line)
+            raise RunDirError(
+                f"{path}, line {number} is no row of a step ({type(error).__name__}: {error}): repair or remove the "
+                "line, then --resume"
+            ) from error
     write_text(path, "".join(line + "\n" for line in kept))
 
 

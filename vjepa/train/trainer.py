@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -29,6 +30,7 @@ from vjepa.train.record import Interrupted, Recorder, StepRecord
 from vjepa.train.run_dir import RunDir
 from vjepa.train.signals import StopFlag
 
+log = logging.getLogger(__name__)
 STATE_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 Batches = Callable[[int], Iterator[MicroBatch]]
 
@@ -70,6 +72,7 @@ class Trainer:
 
         Raises Interrupted (after saving), NonFiniteError, BadDataError or CheckpointError, on all ranks alike.
         """
+        stop.is_early = False
         self.recorder.open()
         with closing(self.recorder):
             stream = self.batches(self.step)
@@ -166,6 +169,11 @@ class Trainer:
             step, path = found
             state = self._state()
             meta = checkpoint.load(path, state, self.world)
+            if meta["config_hash"] != self.config_hash and self.world.is_main:
+                log.warning(
+                    "%s was written under another configuration: %s was edited since, or defaults in the code changed",
+                    *(path, self.run.config),
+                )
             set_model_state_dict(self.objective, state["model"], options=STATE_OPTIONS)
             set_optimizer_state_dict(self.objective, self.optimizer, state["optimizer"], options=STATE_OPTIONS)
             self.recorder.load_state_dict(meta["recorder"], step)

@@ -1,0 +1,27 @@
+"""A debug run inside the test process, on shards that all tests share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.prepare.synthetic import make_debug_shards
+from launch.config import load_config
+from launch.train import train
+from vjepa.train.signals import StopFlag
+
+DebugRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> DebugRun:
+    """`debug_run(run_dir, "key=value", ..., resume=False)` trains the debug recipe and returns the run's folder."""
+    shards = make_debug_shards(tmp_path_factory.mktemp("shards") / "debug")
+
+    def run(run_dir: Path, *overrides: str, resume: bool = False, stop: StopFlag | None = None) -> Path:
+        sources = [f"data.{modality}.sources.debug.path={shards}" for modality in ("video", "image")]
+        wanted = ["data.workers=0", f"run_dir={run_dir}", *sources, *overrides]
+        train(load_config("debug", "primary", wanted), resume=resume, stop=stop or StopFlag())
+        return run_dir
+
+    return run
