@@ -1,0 +1,153 @@
+"""Configuration mistakes end a command before anything starts, in one line that names field, value and remedy."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.config import load_config, load_for_resume, numbers_hash
+from launch.submit import main as submit
+from launch.train import main as train
+from vjepa.config import ConfigError, to_yaml
+
+SOURCES = ["data.video.sources.mine.path=/shards/video", "data.image.sources.mine.path=/shards/image"]
+
+
+@pytest.mark.parametrize("main", [submit, train], ids=["submit", "train"])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--recipe", "debgu"], ["there is no recipe 'debgu'", "Did you mean 'debug'?", "vit_gigantic"]),
+        (["--recipe", "debug", "--stage", "primry"], ["no stage 'primry'", "Stages: primary"]),
+        (["--recipe", "debug", "--stage", "cooldown"], ["no stage 'cooldown'", "planned, not built yet"]),
+        (["--recipe", "debug", "--option", "paper"], ["no option 'paper'", "paper_batch"]),
+        (["--recipe", "debug", "train.stpes=3"], ["stpes", "steps"]),
+        (["--recipe", "debug", "trian.steps=3"], ["trian", "train"]),
+        (["--recipe", "debug", "train.steps=many"], ["train.steps", "many"]),
+        (["--recipe", "debug", "train.steps=0"], ["train.steps=0", "at least 1"]),
+        (["--recipe", "debug", "train.precision=fp8"], ["train.precision", "fp8"]),
+        (["--recipe", "debug", "train.steps"], ["'train.steps' is no override", "key=value"]),
+        (["--recipe", "debug", "=3"], ["'=3' is no override"]),
+        (["--recipe", "debug", "model.levels=[0,1]"], ["model.levels=[0, 1]", "from 1"]),
+        (["--recipe", "debug", "model.name=vit_debgu"], ["vit_debgu", "vit_debug"]),
+        (["--recipe", "debug", "objective.target=teacher"], ["objective.target", "teacher"]),
+        (
+            ["--recipe", "debug", "data.video.clip.size=60"],
+            ["data.video.clip.size=60", "multiple of model.patch_size=16"],
+        ),
+        (["--recipe", "debug", "data.video.clip.frames=5"], ["clip.frames=5", "model.tubelet_size=2"]),
+        (["--recipe", "debug", "objective.terms.sigrge={}"], ["objective.terms.sigrge is unknown"]),
+        (["--recipe", "debug", "objective.terms.masked_prediction.wieght=2"], ["masked_prediction", "wieght"]),
+        (["--recipe", "debug", "train.batch={video: 0, image: 0}"], ["video=0", "not both 0"]),
+        (["--recipe", "debug", "train.micro_batch.video=5"], ["micro_batch.video=5", "divide", "12"]),
+        (["--recipe", "debug", "mask.group.video=5"], ["mask.group.video=5", "divide", "12"]),
+        (["--recipe", "vit_large"], ["train.batch.video=3072", "data.video.sources.NAME.path=SHARDS"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_named_with_its_remedy(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    told: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    status = main([*arguments, f"run_dir={tmp_path / 'run'}"])
+    error = capfd.readouterr().err
+    assert status in (1, 2)
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1, error
+    for words in told:
+        assert words in error
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(load_config("debug", "primary", ["train.steps=20"])))
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.steps=21",
+        "train.seed=1",
+        "train.batch.video=24",
+        "train.optim.lr.peak=0.1",
+        "objective.momentum=0.5",
+        "objective.terms.masked_prediction.weight=2",
+        "mask.truncate=prefix",
+        "data.video.clip.size=32",
+        "data.video.sources.other.path=/elsewhere",
+        "model.depth=3",
+    ],
+)
+def test_a_resume_that_changes_numbers_is_refused_by_key_and_values(stored: Path, change: str) -> None:
+    key, value = change.split("=")
+    with pytest.raises(ConfigError, match=r"changes what decides its numbers") as refused:
+        load_for_resume(stored, [change])
+    line = next(line for line in str(refused.value).splitlines() if key in line)
+    assert line.rstrip("'").endswith(value)
+    assert "another run_dir" in str(refused.value)
+
+
+def test_a_resume_may_change_what_alters_no_number(stored: Path) -> None:
+    changes = ["data.workers=3", "train.micro_batch.video=4", "train.checkpoint.keep=9", "train.log_every=7"]
+    config = load_for_resume(stored, [*changes, "train.steps=20"])  # said again, not changed
+    assert (config.data.workers, config.train.checkpoint.keep, config.train.steps) == (3, 9, 20)
+    assert numbers_hash(config) == numbers_hash(load_for_resume(stored, []))
+    assert numbers_hash(config) != numbers_hash(load_config("debug", "primary"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"recipe": "vit_large"}, "recipe"),
+        ({"stage": "cooldown"}, "stage"),
+        ({"options": ["prefix_masks"]}, "mask.truncate"),
+    ],
+)
+def test_another_recipe_stage_or_option_is_not_silently_ignored_on_resume(
+    stored: Path, asked: dict[str, str], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"\n  {told}: "):
+        load_for_resume(stored, [], **asked)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "- a\n- b\n", "a: [", "train: {steps: 3}\n", "\0\1", "recipe: debug\nno_such: 1\n"]
+)
+def test_a_damaged_stored_configuration_is_named(stored: Path, content: str) -> None:
+    stored.write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml|no_such"):
+        load_for_resume(stored, [])
+
+
+def test_options_and_overrides_are_laid_over_the_recipe_in_that_order() -> None:
+    config = load_config("vit_large", "primary", [*SOURCES, "train.batch.video=64"], options=["paper_batch"])
+    assert (config.train.batch.video, config.train.batch.image) == (64, 2304)
+    assert config.mask.group.video == 16
+
+
+def test_a_small_batch_that_cannot_cover_the_ranks_is_refused() -> None:
+    config = load_config("vit_large", "primary", SOURCES, options=["paper_batch"])
+    assert config.check(world=8) >= 1
+    with pytest.raises(
+        ConfigError, match=r"train\.batch\.video=128 is the global batch and must divide by the 256 ranks"
+    ):
+        config.check(world=256)
+
+
+@pytest.mark.parametrize("recipe", ["vit_large", "vit_giant", "vit_gigantic"])
+def test_the_big_recipes_can_start_on_8_and_on_128_gpus(recipe: str) -> None:
+    config = load_config(recipe, "primary", SOURCES)
+    for world in (8, 128):
+        assert config.check(world) * world * 36 >= 4608
+
+
+@pytest.mark.parametrize(("alias", "recipe"), [("vitg16", "vit_giant"), ("vitG16", "vit_gigantic")])
+def test_the_papers_names_are_understood(alias: str, recipe: str) -> None:
+    assert load_config(alias, "primary", SOURCES).recipe == recipe
