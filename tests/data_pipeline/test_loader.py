@@ -17,7 +17,7 @@ import torch
 from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.dataset import BadDataError, ClipDataset
 from data_pipeline.digest import main
-from data_pipeline.loader import build_loader
+from data_pipeline.loader import Loader, build_loader
 from data_pipeline.sample import Sample
 from data_pipeline.shards import Shards
 
@@ -263,7 +263,7 @@ from collections.abc import Iterable
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_loader import config
-from data_pipeline.loader import build_loader
+from data_pipeline.loader import Loader, build_loader
 import multiprocessing
 built = build_loader(config(Path({shards!r}), workers=2), seed=0, batch={{"video": 2, "image": 2}})
 for step, item in enumerate(built):
