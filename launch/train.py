@@ -196,6 +196,8 @@ def run(config: RunConfig, *, resume: bool) -> int:
 def _in_one_line(error: Exception) -> str:
     """The message; of an error that came out of a data worker with its whole traceback, the last line."""
     text = str(error).strip()
+    if "is killed by signal" in text:
+        text += " Too little memory? Lower data.workers or data.prefetch, then --resume"
     return text.splitlines()[-1] if "Original Traceback" in text else text
 
 

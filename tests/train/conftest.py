@@ -14,12 +14,16 @@ DebugRun = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def debug_run(tmp_path_factory: pytest.TempPathFactory) -> DebugRun:
+def debug_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_debug_shards(tmp_path_factory.mktemp("shards") / "debug")
+
+
+@pytest.fixture(scope="session")
+def debug_run(debug_shards: Path) -> DebugRun:
     """`debug_run(run_dir, "key=value", ..., resume=False)` trains the debug recipe and returns the run's folder."""
-    shards = make_debug_shards(tmp_path_factory.mktemp("shards") / "debug")
 
     def run(run_dir: Path, *overrides: str, resume: bool = False, stop: StopFlag | None = None) -> Path:
-        sources = [f"data.{modality}.sources.debug.path={shards}" for modality in ("video", "image")]
+        sources = [f"data.{modality}.sources.debug.path={debug_shards}" for modality in ("video", "image")]
         wanted = ["data.workers=0", f"run_dir={run_dir}", *sources, *overrides]
         train(load_config("debug", "primary", wanted), resume=resume, stop=stop or StopFlag())
         return run_dir

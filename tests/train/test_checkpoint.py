@@ -101,6 +101,31 @@ def test_without_its_committed_mark_a_checkpoint_is_not_there(tmp_path: Path) ->
     assert steps(tmp_path) == [5, 10]
 
 
+def test_checkpoints_of_which_none_is_complete_are_not_taken_for_a_new_run(tmp_path: Path) -> None:
+    for step in (5, 10):
+        (save(tmp_path, step) / "COMMITTED").unlink()
+    with pytest.raises(CheckpointError, match=r"step_00000010 and 1 more have no COMMITTED file.*Put it back"):
+        checkpoint.newest(tmp_path, ALONE)
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+
+    def die_half_way(path: Path, *arguments: Any, **keywords: Any) -> None:
+        (Path(path) / "meta.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", die_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 10, keep=1)
+    assert steps(tmp_path) == [10]
+    checkpoint.clean_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
+
+
 def test_no_checkpoint_is_newest_in_an_empty_folder(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path, ALONE) is None
     assert checkpoint.newest(tmp_path / "absent", ALONE) is None

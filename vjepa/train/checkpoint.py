@@ -149,8 +149,10 @@ def _commit(partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
 
 def _retire(root: Path, keep: int) -> None:
     for _, path in committed(root)[:-keep]:
-        (path / COMMITTED).unlink()  # first of all: a half-removed checkpoint must not look whole
-        _remove(path)
+        doomed = path.with_name(path.name + PARTIAL)
+        _remove(doomed)
+        path.rename(doomed)  # first of all: a half-removed checkpoint must not look whole
+        _remove(doomed)
 
 
 def load(path: Path, state: dict[str, Any], world: World) -> dict[str, Any]:
@@ -235,8 +237,24 @@ def _remove(path: Path) -> None:
 
 
 def newest(root: Path, world: World) -> tuple[int, Path] | None:
-    """The newest complete checkpoint, the same on all ranks."""
-    return world.on_main(lambda: max(committed(root), default=None))
+    """The newest complete checkpoint, the same on all ranks; None where there was never one.
+
+    Raises CheckpointError where there are checkpoints, but none is complete.
+    """
+    return world.on_main(lambda: _newest(root))
+
+
+def _newest(root: Path) -> tuple[int, Path] | None:
+    complete = committed(root)
+    there = sorted(path for path in root.glob("step_*") if NAME.match(path.name))
+    if there and not complete:
+        raise CheckpointError(
+            f"{there[-1]} and {len(there) - 1} more have no {COMMITTED} file: they are damaged copies. Put it back, or "
+            "move the folders away to start at step 0"
+        )
+    if there and there[-1] != complete[-1][1]:
+        log.warning("%s has no %s file and is left out", there[-1], COMMITTED)
+    return complete[-1] if complete else None
 
 
 def clean_partial(root: Path) -> None:
