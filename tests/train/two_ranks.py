@@ -1,6 +1,7 @@
 """What each of two ranks does when things go wrong; run by torchrun, see test_two_ranks.py.
 
-Every scenario is a whole run with a process group of its own; the outcomes of a rank go to OUT/rankN.json.
+Every scenario is a whole run; they share one process group, which shows that the ranks stay in step when they stop.
+The outcomes of a rank go to OUT/rankN.json.
 """
 
 import contextlib
@@ -8,9 +9,11 @@ import io
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from launch.config import load_config
 from launch.train import run
@@ -45,6 +48,9 @@ def poison(rank: int, step: int) -> None:
 def main() -> None:
     out, rank = Path(sys.argv[1]), os.environ["RANK"]
     run_dir.LOCK_PATIENCE_S = 0.5
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    leave = dist.destroy_process_group
+    dist.init_process_group = dist.destroy_process_group = lambda *arguments, **keywords: None
     outcomes = {
         "resumed": attempt(out / "one_process", resume=True),
         "existing": attempt(out / "one_process"),
@@ -54,6 +60,7 @@ def main() -> None:
     poison(rank=1, step=3)
     outcomes["poisoned"] = attempt(out / "poisoned")
     (out / f"rank{rank}.json").write_text(json.dumps(outcomes))
+    leave()
 
 
 if __name__ == "__main__":
