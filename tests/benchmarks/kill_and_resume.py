@@ -68,6 +68,7 @@ def kill_and_resume(
     *,
     reference: Path | None = None,
     overrides: Sequence[str] = ("train.steps=40",),
+    moments: Sequence[str] = MOMENTS,
     say: Callable[[str], None] = print,
 ) -> list[Kill]:
     """Run in `run_dir` with `kills` kills, compare with the run in `reference` (made here if None); the kills.
@@ -84,9 +85,9 @@ def kill_and_resume(
     for number in range(kills):
         started = time.time()
         process = start(command, run_dir, [*overrides, *(["--resume"] if done else [])])
-        is_last = number == kills - 1 and kills > len(MOMENTS)
-        moment = "end" if is_last else MOMENTS[number % len(MOMENTS)]
-        _wait_for(moment, run_dir, process, started, newest + rng.randint(1, 9), rng)
+        is_last = number == kills - 1 and kills > len(moments)
+        moment = "end" if is_last else moments[number % len(moments)]
+        _wait_for(moment, run_dir, process, started, newest + rng.randint(3, 11), rng)
         output, seconds = kill(process, whole_group=bool(number % 2))
         output += _job_logs(run_dir, started)
         resumed = _check_resume(output, newest, may_be_silent=moment == "start-up") if done else 0
