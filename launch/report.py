@@ -36,6 +36,8 @@ from vjepa.train.diagnostics import METRIC_KEY, CollapseAlarms
 from vjepa.train.run_dir import RunDir
 
 NUM_CLIPS = 3
+LOOKED_AT = 36  # records among which clips of different videos are looked for
+MIN_PATCHES = 14  # along a side of the pictures: a model trained on fewer is shown larger clips
 CHEAP_PARAMETERS = 100_000_000  # up to this size the untrained encoder is shown beside the trained one
 
 
@@ -207,27 +209,38 @@ def _pca_figures(run: Run) -> tuple[dict[str, Figure], list[str]]:
 
 
 def _clips(config: RunConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """A few clips of the run's video shards, evenly spaced over the records, as uint8 [C, T, H, W]."""
+    """A few clips of the run's video shards, of different videos where there are some, as uint8 [C, T, H, W]."""
     sources = [(name, Shards(source.path, "video")) for name, source in config.data.video.sources.items()]
-    records = [(name, shards, index) for name, shards in sources for index in _spread(len(shards))]
+    records = [(name, shards, index) for name, shards in sources for index in _of_different_videos(shards)]
     geometry = config.data.video.clip
+    size = geometry.size * -(-MIN_PATCHES * config.model.patch_size // geometry.size)
     clips: dict[str, Tensor] = {}
     notes = [] if records else ["no pictures of features: the run has no video source"]
-    for name, shards, index in [records[i] for i in _spread(len(records))]:
+    for name, shards, index in [records[i] for i in _spread(len(records), NUM_CLIPS)]:
         data, row = shards.read(index)
-        caption = f"{name} / {row['key']}"
+        caption = f"{name} / {row['key']} at {size} px (trained at {geometry.size})"
         try:
-            clips[caption] = read_clip(
-                data, "video", frames=geometry.frames, fps=geometry.fps, size=geometry.size, position=0.5
-            )
+            clips[caption] = read_clip(data, "video", frames=geometry.frames, fps=geometry.fps, size=size, position=0.5)
         except DecodeError as error:
             notes.append(f"no picture of {caption}: {error}")
     return clips, notes
 
 
-def _spread(count: int) -> list[int]:
-    """Up to NUM_CLIPS indices, evenly spaced in range(count)."""
-    wanted = min(NUM_CLIPS, count)
+def _of_different_videos(shards: Shards) -> list[int]:
+    """Up to NUM_CLIPS records out of a few dozen, evenly spaced, each cut from another video as far as possible."""
+    candidates = _spread(len(shards), LOOKED_AT)
+    first_of: dict[str, int] = {}
+    for index in candidates:
+        first_of.setdefault(shards.row(index)["source_path"], index)
+    firsts = list(first_of.values())
+    if len(firsts) >= NUM_CLIPS:
+        return [firsts[i] for i in _spread(len(firsts), NUM_CLIPS)]
+    return sorted([*firsts, *(index for index in candidates if index not in firsts)][:NUM_CLIPS])
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` indices, evenly spaced in range(count)."""
+    wanted = min(wanted, count)
     return [count * (2 * i + 1) // (2 * wanted) for i in range(wanted)]
 
 
