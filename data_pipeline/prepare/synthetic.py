@@ -4,7 +4,6 @@ A video shows one shape crossing a textured background; its labels are `directio
 in steps of 45 degrees) and `shape` (0 square, 1 disc). An image shows one shape; its label is `shape`.
 """
 
-import errno
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from PIL import Image
 
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.options import IngestOptions
+from data_pipeline.prepare.writer import claim
 
 _MADE_OF = "debug.json"
 """The arguments a folder was made with."""
@@ -52,7 +52,7 @@ def make_debug_shards(
             _render_all(scratch / "media", arguments)
             ingest([scratch / "media"], scratch / "shards", IngestOptions(copy=True, short_side=max(2, size)))
             (scratch / "shards" / _MADE_OF).write_text(json.dumps(arguments))
-            _claim(scratch / "shards", out, arguments)
+            claim(scratch / "shards", out, lambda: _is_made(out, arguments))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return out
@@ -67,14 +67,6 @@ def _is_made(out: Path, arguments: dict[str, Any]) -> bool:
     if held != arguments:
         raise ValueError(f"{out}: holds {held or 'other files'}, not debug shards of {arguments}; give another folder")
     return True
-
-
-def _claim(made: Path, out: Path, arguments: dict[str, Any]) -> None:
-    try:
-        os.rename(made, out)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _is_made(out, arguments):
-            raise
 
 
 def _render_all(folder: Path, arguments: dict[str, Any]) -> None:

@@ -4,12 +4,13 @@ Everything is written into a folder beside the output and renamed at the end: th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,6 +135,15 @@ def new_folder(out: Path) -> Iterator[Path]:
         _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def claim(made: Path, out: Path, is_same: Callable[[], bool]) -> None:
+    """Move the folder `made` to `out`; where another process was faster and `is_same()` holds, its folder stays."""
+    try:
+        os.rename(made, out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not is_same():
+            raise
 
 
 def _replace(new: Path, out: Path) -> None:
