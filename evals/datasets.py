@@ -60,8 +60,8 @@ def read_labelled(
     A clip is `frames` frames at `fps` from the middle of its record, its centred square resized to `size`; each of the
     three defaults to what the first record has, so that labels given for every pixel of every frame stay true.
 
-    Raises LabelError for a record without the labels that `read_labels` wants, DecodeError for a damaged one, ShardError
-    for a damaged folder, ValueError for one without videos.
+    Raises LabelError for a record without the labels that `read_labels` wants, DecodeError for a damaged one,
+    ShardError for a damaged folder, ValueError for one without videos.
     """
     shards = Shards(path, "video")
     count = len(shards) if limit is None else min(limit, len(shards))
@@ -100,7 +100,7 @@ def _stack(labels: list[Mapping[str, Tensor]], keys: list[str]) -> dict[str, Ten
 
 
 def unpack_mask(packed: Mapping[str, Any]) -> Tensor:
-    """A mask as our shards store it, `{"shape": [...], "zlib": base64 of zlib of the uint8 bytes}` -> uint8 [T, H, W]."""
+    """A mask as our shards store it, `{"shape": [...], "zlib": base64 of the compressed bytes}` -> uint8 [T, H, W]."""
     flat = np.frombuffer(bytearray(zlib.decompress(base64.b64decode(packed["zlib"]))), np.uint8)
     return torch.from_numpy(flat).view(*packed["shape"])
 

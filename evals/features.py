@@ -82,8 +82,8 @@ class PixelFeatures:
         frames, height, width = clips.shape[2:]
         if frames % self.tubelet_size or height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"clips of {frames} frames, {height}x{width}, do not divide into tubelets of {self.tubelet_size} frames "
-                f"and patches of {self.patch_size} pixels"
+                f"clips of {frames} frames, {height}x{width}, do not divide into tubelets of {self.tubelet_size} "
+                f"frames and patches of {self.patch_size} pixels"
             )
         cut = clips.unflatten(4, (-1, self.patch_size)).unflatten(3, (-1, self.patch_size))
         cut = cut.unflatten(2, (-1, self.tubelet_size))  # [B, C, t, tubelet, h, patch, w, patch]

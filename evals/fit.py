@@ -37,7 +37,9 @@ def fit_linear(
     scale = Standardiser.fit(features)
     rows = scale(features)
     widths = [problem.num_classes for problem in problems.values()]
-    weight = torch.cat([_first_weights(n, rows.shape[1], config, seed, name) for name, n in zip(problems, widths, strict=True)])
+    weight = torch.cat(
+        [_first_weights(n, rows.shape[1], config, seed, name) for name, n in zip(problems, widths, strict=True)]
+    )
     weight = weight.to(rows.device).requires_grad_()
     bias = torch.zeros(sum(widths), device=rows.device, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=config.lr, weight_decay=config.weight_decay)
@@ -95,4 +97,6 @@ def _check(features: Tensor, problems: Mapping[str, Problem]) -> None:
         if not len(known):
             raise ValueError(f"{name}: every label is ignored, there is nothing to fit")
         if not 0 <= int(known.min()) <= int(known.max()) < problem.num_classes:
-            raise ValueError(f"{name}: labels lie in {int(known.min())}..{int(known.max())}, classes in 0..{problem.num_classes - 1}")
+            raise ValueError(
+                f"{name}: labels lie in {int(known.min())}..{int(known.max())}, classes in 0..{problem.num_classes - 1}"
+            )

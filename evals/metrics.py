@@ -30,7 +30,9 @@ class ConfusionMatrix:
         true, guess = labels[keep].long().cpu(), predicted[keep].long().cpu()
         for name, values in (("labels", true), ("predictions", guess)):
             if len(values) and not 0 <= int(values.min()) <= int(values.max()) < self.num_classes:
-                raise ValueError(f"{name} lie in {int(values.min())}..{int(values.max())}, classes in 0..{self.num_classes - 1}")
+                raise ValueError(
+                    f"{name} lie in {int(values.min())}..{int(values.max())}, classes in 0..{self.num_classes - 1}"
+                )
         pairs = torch.bincount(true * self.num_classes + guess, minlength=self.num_classes**2)
         self.counts += pairs.view(self.num_classes, self.num_classes)
         return self

@@ -43,8 +43,6 @@ class Task:
     classes: tuple[str, ...]
     """Class names, in the order of the label's numbers."""
     readout: Readout
-    question: str = ""
-    """In plain words, for the table."""
     per_class: bool = False
     """Whether a segmentation gives the IoU of every class as well, as NAME_CLASS."""
     focus: Focus | None = None
@@ -69,21 +67,23 @@ class Task:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a linear probe is fitted (shared/reference/demo-learning.md, section 2: AdamW 5e-3, 1e-3, 300 steps, cosine)."""
+    """How a linear probe is fitted (reference demo-learning.md, section 2: AdamW 5e-3, 1e-3, 300 steps, cosine)."""
 
     lr: float = 5e-3
     """Learning rate of the first step; it falls to 0 as a cosine."""
     weight_decay: float = 1e-3
     """On weights and biases alike, as in the probes of V-JEPA 2 (reference evaluation.md 1.1)."""
     steps: int = 300
-    batch_size: int = 8192
+    batch_size: int = 4096
     """Rows per step, drawn without repeats within a pass; all rows at once where there are no more than this."""
     init_std: float = 0.01
     """Of the first weights (the linear head of DINOv3, evaluation.md 1.3); biases start at 0."""
 
     def __post_init__(self) -> None:
         if min(self.lr, self.steps, self.batch_size) <= 0 or min(self.weight_decay, self.init_std) < 0:
-            raise ValueError(f"{self}: lr, steps and batch_size must be positive, weight_decay and init_std not negative")
+            raise ValueError(
+                f"{self}: lr, steps and batch_size must be positive, weight_decay and init_std not negative"
+            )
 
 
 @dataclass(frozen=True)

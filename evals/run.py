@@ -1,0 +1,140 @@
+"""Evaluate a frozen encoder beside its untrained self and the pixels: one command, one table.
+
+    python -m evals.run --model runs/demo/exports/primary --suite motion --data DIR --out runs/demo
+
+DIR holds a shard folder for each split of the suite: for `motion`, DIR/probe_train and DIR/test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from evals.datasets import LabelledClips, read_labelled
+from evals.features import EncoderFeatures, FeatureSet, FeatureSource, PixelFeatures, read_features
+from evals.protocol import TRAINED, UNTRAINED, EvalConfig, Kind, Readout, Row, Score, Task
+from evals.results import print_table, save
+from evals.suites import SUITES, Suite
+from evals.tasks import classification, knn, segmentation
+from vjepa.hub import CONFIG, from_pretrained
+from vjepa.nn.encoder import Encoder
+from vjepa.registry import create_encoder
+
+
+class Evaluator(Protocol):
+    """What every module of `evals/tasks/` offers."""
+
+    def __call__(
+        self, tasks: Sequence[Task], train: FeatureSet, test: FeatureSet, config: EvalConfig
+    ) -> Iterator[Score]: ...
+
+
+EVALUATORS: dict[Kind, Evaluator] = {
+    "classification": classification.evaluate,
+    "knn": knn.evaluate,
+    "segmentation": segmentation.evaluate,
+}
+
+
+def default_sources(encoder: Encoder, *, untrained_seed: int = 0) -> list[FeatureSource]:
+    """The trained encoder and what it is measured against: itself before training, and the two made of pixels."""
+    untrained = create_encoder(encoder.config, seed=untrained_seed)
+    return [
+        EncoderFeatures(TRAINED, encoder),
+        EncoderFeatures(UNTRAINED, untrained),
+        PixelFeatures(encoder.patch_size, encoder.tubelet_size),
+        PixelFeatures(encoder.patch_size, encoder.tubelet_size, difference=True),
+    ]
+
+
+def read_splits(suite: Suite, data: Path | str, encoder: Encoder) -> tuple[LabelledClips, LabelledClips]:
+    """The clips that probes are fitted on and those they are scored on, with labels on the encoder's grid."""
+    reader = suite.label_reader(patch_size=encoder.patch_size, tubelet_size=encoder.tubelet_size)
+    train, test = (read_labelled(Path(data) / split, reader) for split in (suite.train_split, suite.test_split))
+    shared = set(train.keys) & set(test.keys)
+    if shared:
+        raise ValueError(f"{data}: {len(shared)} records are in both splits, such as {min(shared)}")
+    return train, test
+
+
+def score_source(
+    suite: Suite, source: FeatureSource, train: LabelledClips, test: LabelledClips, config: EvalConfig
+) -> list[Score]:
+    """The scores of one source; its features are read once for all tasks."""
+    readouts: dict[Readout, None] = dict.fromkeys(task.readout for task in suite.tasks)
+    kinds: dict[Kind, None] = dict.fromkeys(task.kind for task in suite.tasks)
+    train_set, test_set = (
+        read_features(source, data, readouts, batch_size=config.batch_size) for data in (train, test)
+    )
+    scores: list[Score] = []
+    for kind in kinds:
+        tasks = [task for task in suite.tasks if task.kind == kind]
+        scores += EVALUATORS[kind](tasks, train_set, test_set, config)
+    return scores
+
+
+def run_suite(
+    suite: Suite,
+    sources: Sequence[FeatureSource],
+    train: LabelledClips,
+    test: LabelledClips,
+    config: EvalConfig | None = None,
+    *,
+    stage: str,
+    step: int | None = None,
+    training_seed: int | None = None,
+) -> list[Row]:
+    """All tasks of a suite on every source."""
+    rows = []
+    for source in sources:
+        scores = score_source(suite, source, train, test, config or EvalConfig())
+        rows += [
+            Row.of(score, stage=stage, model=source.name, step=step, training_seed=training_seed) for score in scores
+        ]
+    return rows
+
+
+def read_pretraining(model: Path) -> dict[str, Any]:
+    """What an exported encoder's config.json says about its training: stage, seed, frames, size; {} for other files."""
+    config = model / CONFIG
+    return json.loads(config.read_text()).get("pretraining", {}) if config.is_file() else {}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m evals.run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of an exported encoder, or a released .pt")
+    parser.add_argument("--suite", choices=sorted(SUITES), required=True, help="which questions")
+    parser.add_argument("--data", type=Path, required=True, help="the suite's labelled set: a shard folder per split")
+    parser.add_argument("--seeds", type=int, default=3, help="times every probe is fitted (default: 3)")
+    parser.add_argument("--out", type=Path, help="run directory that keeps the results (default: only print them)")
+    parser.add_argument(
+        "--stage", help="name of the stage in the results (default: as trained, else the folder's name)"
+    )
+    parser.add_argument(
+        "--untrained-seed", type=int, help="initialisation of the untrained encoder (default: as trained, else 0)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    begin = time.monotonic()
+    suite, pretraining = SUITES[options.suite], read_pretraining(options.model)
+    stage = options.stage or pretraining.get("stage") or options.model.stem
+    seed = pretraining.get("seed", 0) if options.untrained_seed is None else options.untrained_seed
+    encoder = from_pretrained(options.model)
+    train, test = read_splits(suite, options.data, encoder)
+    config = EvalConfig(seeds=tuple(range(options.seeds)))
+    rows = run_suite(suite, default_sources(encoder, untrained_seed=seed), train, test, config, stage=stage)
+    if options.out:
+        save(options.out, rows)
+    title = f"{suite.name}: probes on {len(train)} clips, {len(test)} test clips, {time.monotonic() - begin:.0f} s"
+    print_table(rows, title=title)
+
+
+if __name__ == "__main__":
+    main()
