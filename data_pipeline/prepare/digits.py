@@ -12,12 +12,10 @@ import dataclasses
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,20 +34,18 @@ MADE_OF = "digits.json"
 SHEET = "contact_sheet.png"
 _FORMAT = 1  # counted up when the same configuration gives other bytes
 _CODEC = {"crf": "0", "preset": "ultrafast", "g": "1"}  # CAVLC: decodes in a third of CABAC's time, for 30 % more bytes
-_CHUNK = 64  # clips that a process draws at a time
+_CHUNK = 64  # clips encoded at a time
 
 
-def make_digits(out: str | Path, config: DigitsConfig | None = None, *, jobs: int = 1) -> Path:
+def make_digits(out: str | Path, config: DigitsConfig | None = None) -> Path:
     """The labelled digits in the folder `out`; returns the folder.
 
     Does nothing where `out` holds the same set already. Nothing is left at `out` when it fails, and several processes
-    may call it at once. `jobs` processes draw and encode; their number changes no byte.
+    may call it at once.
 
     Raises ValueError where `out` holds something else, ImportError without scikit-learn.
     """
     out, config = Path(out), config or DigitsConfig()
-    if jobs < 1:
-        raise ValueError(f"jobs={jobs}: must be at least 1")
     if _is_made(out, config):
         return out
     glyphs = load_glyphs()
@@ -58,7 +54,7 @@ def make_digits(out: str | Path, config: DigitsConfig | None = None, *, jobs: in
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for split, plan in plans.items():
-            _write_split(partial / split, plan, jobs)
+            _write_split(partial / split, plan)
         write_sheet(partial / SHEET, [partial / split for split in SPLITS])
         contents = {split: _contents(partial / split, plan) for split, plan in plans.items()}
         (partial / MADE_OF).write_text(json.dumps(_made_of(config) | {"splits": contents}) + "\n")
@@ -88,14 +84,14 @@ def _is_made(out: Path, config: DigitsConfig) -> bool:
     return True
 
 
-def _write_split(folder: Path, plan: SplitPlan, jobs: int) -> None:
+def _write_split(folder: Path, plan: SplitPlan) -> None:
     """One shard folder."""
     scratch = folder / "scratch.mp4"
     folder.mkdir(parents=True)
     limits = IngestOptions()
     series = SeriesWriter(folder, "video", shard_bytes=limits.shard_bytes, shard_count=limits.shard_count)
     try:
-        for index, (data, meta) in enumerate(_clips(plan, jobs)):
+        for index, (data, meta) in enumerate(_clips(plan)):
             scratch.write_bytes(data)
             series.write(Record(f"{plan.split}-{index:06d}", "mp4", "video", str(scratch), meta))
         series.close()
@@ -104,27 +100,17 @@ def _write_split(folder: Path, plan: SplitPlan, jobs: int) -> None:
     write_manifest(folder, series.entries, notes=[])
 
 
-def _clips(plan: SplitPlan, jobs: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _clips(plan: SplitPlan) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The media and the metadata of every clip, in order."""
-    chunks = [range(start, min(start + _CHUNK, len(plan))) for start in range(0, len(plan), _CHUNK)]
-    if jobs == 1 or len(chunks) == 1:
-        for chunk in chunks:
-            yield from _some_clips(plan, chunk)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for made in pool.map(_some_clips, [plan] * len(chunks), chunks):
-            yield from made
-
-
-def _some_clips(plan: SplitPlan, indices: range) -> list[tuple[bytes, dict[str, Any]]]:
-    config = plan.config
-    frames, metas = [], []
-    for index in indices:
-        scene, generator = plan.scene(index)
-        pixels, masks = draw(scene, plan.ink, config, generator)
-        frames.append(pixels)
-        metas.append(_facts(config) | ({"labels": scene_labels(scene, masks)} if plan.is_labelled else {}))
-    return list(zip(encode(np.stack(frames), config.fps), metas, strict=True))
+    for start in range(0, len(plan), _CHUNK):
+        frames, metas = [], []
+        for index in range(start, min(start + _CHUNK, len(plan))):
+            scene, generator = plan.scene(index)
+            pixels, masks = draw(scene, plan.ink, plan.config, generator)
+            frames.append(pixels)
+            labels = {"labels": scene_labels(scene, masks)} if plan.is_labelled else {}
+            metas.append(_facts(plan.config) | labels)
+        yield from zip(encode(np.stack(frames), plan.config.fps), metas, strict=True)
 
 
 def _facts(config: DigitsConfig) -> dict[str, Any]:
@@ -205,9 +191,9 @@ def _sha256(path: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parsed: dict[str, Any] = vars(_parser().parse_args(arguments))
-    out, jobs = Path(parsed.pop("out")), parsed.pop("jobs")
+    out = Path(parsed.pop("out"))
     try:
-        make_digits(out, DigitsConfig(**parsed), jobs=jobs)
+        make_digits(out, DigitsConfig(**parsed))
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -231,7 +217,6 @@ def _parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(DigitsConfig):
         flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
         parser.add_argument(flag, type=kind, default=field.default, help="see DigitsConfig")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     return parser
 
 
