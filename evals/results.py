@@ -98,7 +98,7 @@ def format_cell(values: Sequence[float]) -> str:
 
 
 def ahead_of_trained(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Model -> the tasks in which its mean is not below that of the trained encoder (not above, where less is better)."""
+    """Model -> the tasks in which its mean is as good as the trained encoder's or better."""
     is_higher_better = {row.task: row.higher_is_better for row in rows}
     found: dict[str, list[str]] = {}
     for task, by_model in summarise(rows).items():
@@ -131,8 +131,13 @@ def print_table(rows: Sequence[Row], *, title: str = "", console: Console | None
     console = console or Console()
     table = results_table(rows, title=title)
     unbounded = console.options.update(max_width=1000)
-    console.print(table, width=console.measure(table, options=unbounded).maximum, crop=False, no_wrap=True)
-    console.print("Mean ± standard deviation over seeds. rgb: the pixels and the position of each token;")
-    console.print("rgb_difference: the same and the absolute change inside each tubelet, a reference made by hand.")
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table)
+    console.print(
+        "Mean ± standard deviation over seeds. rgb: the pixels and the position of each token;", soft_wrap=True
+    )
+    console.print(
+        "rgb_difference: the same and the change inside each tubelet, a reference made by hand.", soft_wrap=True
+    )
     for model, tasks in ahead_of_trained(rows).items():
-        console.print(f"{model} is not below trained in: {', '.join(tasks)}", soft_wrap=True)
+        console.print(f"{model} is as good as trained or better in: {', '.join(tasks)}", soft_wrap=True)

@@ -1,0 +1,130 @@
+"""Rows are kept, merged and shown, all of them."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from evals.protocol import EvalConfig, FitConfig, Focus, KnnConfig, Row, Score, Task
+from evals.results import (
+    ResultsError,
+    ahead_of_trained,
+    append_results,
+    format_cell,
+    merge_summary,
+    print_table,
+    read_summary_rows,
+    save,
+)
+
+ROW = Row("primary", "motion", "linear", "accuracy", True, "trained", 0, 0.75)
+
+
+def test_a_row_has_the_fields_that_tools_rely_on() -> None:
+    """DESIGN section 8; step and training seed only where they say something."""
+    assert ROW.to_json() == {
+        "stage": "primary",
+        "task": "motion",
+        "probe": "linear",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "model": "trained",
+        "seed": 0,
+        "value": 0.75,
+    }
+    assert replace(ROW, step=0, training_seed=1).to_json() == ROW.to_json() | {"step": 0, "training_seed": 1}
+    assert Row.of(Score("motion", "linear", "accuracy", 0, 0.75), stage="primary", model="trained") == ROW
+
+
+def test_results_grow_and_the_summary_keeps_the_newest(tmp_path: Path) -> None:
+    """Measured again, a row takes the old one's place in the summary; another step or model does not."""
+    again, untrained, early = replace(ROW, value=0.5), replace(ROW, model="untrained"), replace(ROW, step=10)
+    save(tmp_path, [ROW, untrained])
+    save(tmp_path, [again, early])
+    lines = (tmp_path / "evals" / "results.jsonl").read_text().splitlines()
+    assert [Row(**json.loads(line)) for line in lines] == [ROW, untrained, again, early]
+    assert read_summary_rows(tmp_path) == [again, untrained, early]
+
+
+def test_the_rest_of_a_summary_stays_as_it_is(tmp_path: Path) -> None:
+    summary = {"recipe": "demo", "stages": {"primary": {"steps": 3, "final_loss": 0.25}}, "evals": []}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    merge_summary(tmp_path, [ROW])
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary | {"evals": [ROW.to_json()]}
+
+
+def test_a_failed_write_leaves_the_old_results_and_no_row_of_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = append_results(tmp_path, [ROW])
+    before = path.read_text()
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("evals.results.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        append_results(tmp_path, [ROW] * 100)
+    assert path.read_text() == before
+
+
+def test_a_summary_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(ResultsError, match=r"summary\.json is not JSON"):
+        merge_summary(tmp_path, [ROW])
+    (tmp_path / "summary.json").write_text(json.dumps({"evals": [{"task": "motion"}]}))
+    with pytest.raises(ResultsError, match="none of this version"):
+        merge_summary(tmp_path, [ROW])
+
+
+def test_a_cell_is_mean_and_sample_deviation() -> None:
+    assert format_cell([0.9, 1.0, 1.1]) == "1.000 ± 0.100"
+    assert format_cell([0.5]) == "0.500"
+
+
+def test_whoever_is_as_good_as_the_trained_encoder_is_named() -> None:
+    rows = [
+        ROW,
+        replace(ROW, model="rgb", value=0.75),
+        replace(ROW, model="untrained", value=0.2),
+        replace(ROW, task="depth", higher_is_better=False, value=0.5),
+        replace(ROW, task="depth", higher_is_better=False, value=0.4, model="untrained"),
+        replace(ROW, task="depth", higher_is_better=False, value=0.6, model="rgb"),
+    ]
+    assert ahead_of_trained(rows) == {"rgb": ["motion"], "untrained": ["depth"]}
+
+
+def test_the_table_shows_every_task_and_model_in_full_on_a_narrow_terminal() -> None:
+    models = ("rgb_difference", "trained", "a_new_model", "untrained", "rgb")
+    rows = [replace(ROW, model=model, seed=seed, value=0.125) for model in models for seed in (0, 1)]
+    rows.append(replace(ROW, task="direction_segmentation_moving", value=0.25))
+    text = io.StringIO()
+    print_table(rows, title="all of it", console=Console(file=text, width=40))
+    lines = [line for line in text.getvalue().splitlines() if line.strip()]
+    assert lines[1].split() == ["task", "metric", "trained", "untrained", "rgb", "rgb_difference", "a_new_model"]
+    assert lines[3].split() == ["motion", "accuracy", *["0.125", "±", "0.000"] * 5]
+    assert lines[4].split() == ["direction_segmentation_moving", "accuracy", "0.250"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Task("t", "knn", "x", ("a", "b"), "tokens"), "readout='tokens' does not fit kind='knn'"),
+        (lambda: Task("t", "segmentation", "x", ("a", "b"), "mean"), "reads tokens"),
+        (lambda: Task("t", "knn", "x", ("a", "a"), "mean"), "two different names"),
+        (
+            lambda: Task("t", "segmentation", "x", ("a", "b"), "tokens", focus=Focus("f", ("c",))),
+            r"focus names \['c'\]",
+        ),
+        (lambda: EvalConfig(seeds=()), "give at least one"),
+        (lambda: EvalConfig(seeds=(1, 1)), "without repeats"),
+        (lambda: FitConfig(steps=0), "must be positive"),
+        (lambda: KnnConfig(temperature=0), "temperature positive"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
