@@ -90,6 +90,13 @@ def test_records_without_the_labels_are_named(digits: Path, tmp_path: Path) -> N
         read_labelled(shapes, MOTION.label_reader(patch_size=8, tubelet_size=2))
 
 
+def test_one_record_in_both_splits_is_refused(digits: Path, tmp_path: Path) -> None:
+    for split in ("probe_train", "test"):
+        (tmp_path / split).symlink_to(digits / "test")
+    with pytest.raises(ValueError, match="20 records are in both splits, such as test-000000"):
+        read_splits(MOTION, tmp_path, create_model("vit_debug", patch_size=8))
+
+
 def test_a_source_that_knows_the_truth_is_scored_right(digits: Path) -> None:
     """The whole chain, shards to rows: tokens made of the true masks and direction answer every layout question."""
     encoder = create_model("vit_debug", patch_size=8)

@@ -163,6 +163,18 @@ def test_a_fit_is_a_function_of_its_seed(batch_size: int) -> None:
     assert not torch.equal(first, other)
 
 
+def test_the_order_of_rows_is_the_seeds_too() -> None:
+    """From weights of zero, mini-batches tell two seeds apart; on all rows at once nothing is left to chance."""
+    features, problems = random(200, 6), {"a": Problem(random_labels(200, seed=1), 3)}
+
+    def weights(batch_size: int) -> list[Tensor]:
+        config = FitConfig(steps=20, batch_size=batch_size, init_std=0)
+        return [fit_linear(features, problems, config, seed=seed)["a"].weight for seed in (0, 1)]
+
+    assert not torch.equal(*weights(64))
+    assert torch.equal(*weights(200))
+
+
 def test_ignored_rows_have_no_part_in_the_fit() -> None:
     labels = random_labels(60)
     wrong = torch.cat([labels, torch.full((60,), IGNORE)])

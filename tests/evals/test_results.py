@@ -71,6 +71,18 @@ def test_a_failed_write_leaves_the_old_results_and_no_row_of_the_new(
     assert path.read_text() == before
 
 
+def test_whoever_reads_meanwhile_sees_a_whole_file(tmp_path: Path) -> None:
+    """A file opened before is the old one to its end, never a mixture."""
+    for write, path in (
+        (append_results, tmp_path / "evals" / "results.jsonl"),
+        (merge_summary, tmp_path / "summary.json"),
+    ):
+        before = write(tmp_path, [ROW]).read_text()
+        with path.open() as reader:
+            write(tmp_path, [replace(ROW, step=1)])
+            assert reader.read() == before
+
+
 def test_a_summary_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(ResultsError, match=r"summary\.json is not JSON"):
