@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def test_a_set_with_another_split_in_it_is_refused(made: Path, tmp_path: Path):
     (copy / "test" / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=r"test/manifest.json: missing, or not the one that was made"):
         make_digits(copy, CONFIG)
+
+
+def test_where_another_process_is_faster_its_set_stays(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    theirs = tmp_path / "set"
+    monkeypatch.setattr("data_pipeline.prepare.digits.write_sheet", lambda *_: shutil.copytree(made, theirs))
+    assert make_digits(theirs, CONFIG) == theirs
+    assert (theirs / SHEET).exists()  # ours has none: nothing was drawn on it
+    assert list(tmp_path.iterdir()) == [theirs]
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
