@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
+# Groups that were left. The last reference must be Python's: DistributedDataParallel's, in C++, would join gloo's
+# threads while it holds the interpreter's lock, for which those threads may wait; one run in five hung at its end.
+_LEFT: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def init_world(device: str = "auto") -> Iterator[World]:
         yield World(rank, size, local_rank, place)
     finally:
         if size > 1:
+            _LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
