@@ -12,7 +12,7 @@ from vjepa.train import checkpoint
 from vjepa.train.checkpoint import CheckpointConfig, CheckpointError
 from vjepa.train.distributed import World
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def state(fill: float, size: int = 8) -> dict[str, Any]:

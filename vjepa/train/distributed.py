@@ -26,7 +26,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -93,7 +92,7 @@ def init_world(device: str = "auto") -> Iterator[World]:
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield World(rank, size, local_rank, place)
+        yield World(rank, size, place)
     finally:
         if size > 1:
             _LEFT.append(dist.group.WORLD)
