@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,7 @@ FREE_ON_RESUME = (
     "data.prefetch",
     "data.worker_timeout",
     "data.max_bad_fraction",
+    "data.*.sources.*.path",  # shards may move; their names stay
     "train.device",
     "train.micro_batch",
     "train.log_every",
@@ -153,7 +155,7 @@ def numbers_hash(config: RunConfig) -> str:
 
 
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
+    return any(fnmatch(key, free) or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
 def _differences(before: DictConfig, after: DictConfig) -> list[tuple[str, object, object]]:

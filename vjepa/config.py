@@ -107,7 +107,7 @@ def read_recipe(path: Path) -> DictConfig:
         try:
             node = OmegaConf.load(current)
         except Exception as error:
-            raise ConfigError(f"{current} is not readable YAML: {error}") from error
+            raise ConfigError(f"{current} is not readable YAML: {' '.join(str(error).split())}") from error
         if not isinstance(node, DictConfig):
             raise ConfigError(f"{current} must hold a mapping")
         parent = node.pop("extends", None)

@@ -81,7 +81,6 @@ def stored(tmp_path: Path) -> Path:
         "objective.terms.masked_prediction.weight=2",
         "mask.truncate=prefix",
         "data.video.clip.size=32",
-        "data.video.sources.other.path=/elsewhere",
         "model.depth=3",
     ],
 )
@@ -92,6 +91,17 @@ def test_a_resume_that_changes_numbers_is_refused_by_key_and_values(stored: Path
     line = next(line for line in str(refused.value).splitlines() if key in line)
     assert line.rstrip("'").endswith(value)
     assert "another run_dir" in str(refused.value)
+
+
+def test_a_resume_may_not_add_a_source(stored: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.video\.sources\.other\."):
+        load_for_resume(stored, ["data.video.sources.other.path=/elsewhere"])
+
+
+def test_a_resume_may_find_its_shards_elsewhere(stored: Path) -> None:
+    config = load_for_resume(stored, ["data.video.sources.debug.path=/moved"])
+    assert config.data.video.sources["debug"].path == "/moved"
+    assert numbers_hash(config) == numbers_hash(load_for_resume(stored, []))
 
 
 def test_a_resume_may_change_what_alters_no_number(stored: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from vjepa.train import checkpoint
 from vjepa.train.checkpoint import CheckpointConfig, CheckpointError
 from vjepa.train.distributed import World
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def state(fill: float, size: int = 8) -> dict[str, Any]:
@@ -172,16 +171,6 @@ def test_a_kill_while_the_same_step_is_saved_again_leaves_no_half_checkpoint(
             save(tmp_path, 5)
     for _, path in checkpoint.committed(tmp_path):
         load(path)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system needs root: {mounted.stderr.decode().strip()}")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_full_disk_is_named_and_costs_no_committed_checkpoint(small_disk: Path) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
+# Groups that were left. The last reference must be Python's: DistributedDataParallel's, in C++, would join gloo's
+# threads while it holds the interpreter's lock, for which those threads may wait; one run in five hung at its end.
+_LEFT: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -90,9 +92,10 @@ def init_world(device: str = "auto") -> Iterator[World]:
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield World(rank, size, local_rank, place)
+        yield World(rank, size, place)
     finally:
         if size > 1:
+            _LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

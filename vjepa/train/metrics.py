@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -45,6 +46,10 @@ class MetricsWriter:
             for name, value in row.items():
                 if name != "step":
                     self._board.add_scalar(name, value, int(row["step"]))
+
+    def sync(self) -> None:
+        """Flush to the disk itself: before a checkpoint, so that no row behind it can be lost with the power."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -116,6 +116,12 @@ class Recorder:
             self._writer.close()
             self._display.close()
 
+    def sync(self) -> None:
+        """Read the pending record and flush the rows to the disk: what a checkpoint stands on."""
+        self.settle()
+        if self._writer is not None:
+            self._writer.sync()
+
     def message(self, text: str) -> None:
         """One line for people, on the main rank."""
         if self._display is not None:

@@ -101,11 +101,16 @@ class RunDir:
             self._lock = None
 
     def describe(self, config_yaml: str, source_folder: Path) -> None:
-        """Write config.yaml, append to command.txt, and record versions, devices and the state of the source."""
+        """Write config.yaml, append to command.txt, and record versions, devices and the state of the source.
+
+        A resumed run keeps the record of each of its starts: environment.json, environment_2.json, ...
+        """
         write_text(self.config, config_yaml)
         with (self.path / "command.txt").open("a") as file:
             file.write(shlex.join([sys.executable, *sys.orig_argv[1:]]) + "\n")
-        write_text(self.path / "environment.json", json.dumps(environment(source_folder), indent=2) + "\n")
+        starts = len(list(self.path.glob("environment*.json"))) + 1
+        name = "environment.json" if starts == 1 else f"environment_{starts}.json"
+        write_text(self.path / name, json.dumps(environment(source_folder), indent=2) + "\n")
 
     def cut_back(self, step: int) -> None:
         """Drop metrics and bad samples that were logged after `step`: they will be logged again."""

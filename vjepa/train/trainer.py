@@ -148,7 +148,7 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoint the completed steps, after reading their numbers: what is not finite is never saved."""
-        self.recorder.settle()
+        self.recorder.sync()
         if self._saved_step == self.step:
             return
         meta = {
