@@ -163,6 +163,25 @@ def test_a_fit_is_a_function_of_its_seed(batch_size: int) -> None:
     assert not torch.equal(first, other)
 
 
+def test_the_fit_is_adamw_on_cross_entropy_with_a_cosine_to_zero() -> None:
+    """Against torch's own parts put together, from weights of zero."""
+    features, labels = random(50, 6), random_labels(50, seed=1)
+    config = FitConfig(lr=0.1, weight_decay=0.3, steps=40, init_std=0)
+    model = torch.nn.Linear(6, 3)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
+    rows = Standardiser.fit(features)(features)
+    for _ in range(40):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(rows), labels).backward()
+        optimizer.step()
+        schedule.step()
+    head = fit_linear(features, {"a": Problem(labels, 3)}, config, seed=0)["a"]
+    torch.testing.assert_close(head(features), model(rows), rtol=1e-3, atol=1e-4)
+
+
 def test_the_order_of_rows_is_the_seeds_too() -> None:
     """From weights of zero, mini-batches tell two seeds apart; on all rows at once nothing is left to chance."""
     features, problems = random(200, 6), {"a": Problem(random_labels(200, seed=1), 3)}
