@@ -134,7 +134,7 @@ def encode(clips: np.ndarray, fps: float) -> Iterator[bytes]:
     """
     together = io.BytesIO()
     with av.open(together, "w", format="mp4") as container:
-        stream = container.add_stream("libx264rgb", rate=Fraction(fps), options=_CODEC)
+        stream = container.add_stream("libx264rgb", rate=Fraction(fps).limit_denominator(1001), options=_CODEC)
         stream.height, stream.width = clips.shape[2:4]
         stream.pix_fmt = "rgb24"
         stream.codec_context.thread_count = 1

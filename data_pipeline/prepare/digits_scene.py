@@ -173,7 +173,8 @@ class SplitPlan:
 
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         """What clip `index` shows, and the generator that its noise comes from."""
-        config, generator = self.config, np.random.default_rng([*self._entropy, index])
+        config = self.config
+        generator = np.random.default_rng([*self._entropy, index + 1])  # 0 would be the split's own: numpy pads with it
         direction = int(self.directions[index])
         static = self._thing(int(self.static_digits[index]), np.zeros((config.frames, 2)), generator)
         speed = generator.uniform(config.speed_min, config.speed_max)
