@@ -45,7 +45,7 @@ class RunConfig:
     recipe: str = ""  # set from the command line
     stage: str = ""  # set from the command line
     run_dir: str = "runs/${recipe}"  # where everything about the run goes
-    prepare: Literal["none", "debug", "demo"] = "none"  # data the run makes for itself before it starts
+    prepare: Literal["none", "debug", "demo", "digits"] = "none"  # data the run makes for itself before it starts
     report: bool = False  # write RUN/report/index.html at the end
     model: ModelConfig = field(default_factory=ModelConfig)
     predictor: PredictorSettings = field(default_factory=PredictorSettings)

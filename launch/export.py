@@ -15,6 +15,7 @@ def export_run(run_dir: Path, config: RunConfig, encoder: Encoder) -> Path:
     trained_on = {
         "recipe": config.recipe,
         "stage": config.stage,
+        "seed": config.train.seed,  # the untrained encoder of this run can be built again
         "frames": clip.frames,
         "fps": clip.fps,
         "size": clip.size,

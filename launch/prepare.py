@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_pipeline.prepare.digits import make_digits
 from data_pipeline.prepare.ingest import IngestOptions, ingest
 from data_pipeline.prepare.synthetic import make_debug_shards
 from launch.config import RunConfig
@@ -24,6 +25,8 @@ def prepare_data(config: RunConfig) -> None:
         return
     if config.prepare == "debug":
         make_debug_shards(folder)
+    elif config.prepare == "digits":
+        make_digits(folder.parent)
     else:
         make_demo_shards(folder)
 

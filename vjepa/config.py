@@ -17,8 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vjepa.nn.attention import BackendName
 from vjepa.nn.encoder import Encoder, EncoderConfig
+from vjepa.nn.init import WEIGHT_STD
 from vjepa.nn.predictor import Predictor, PredictorConfig
-from vjepa.nn.rope import RopeLayout
+from vjepa.nn.rope import BASE, RopeLayout
 from vjepa.registry import create_encoder, create_predictor, model_config
 
 SchemaT = TypeVar("SchemaT")
@@ -37,6 +38,10 @@ class ModelConfig:
     patch_size: int = 16  # pixels
     tubelet_size: int = 2  # frames
     rope: RopeLayout = "interleaved"  # tiled only for V-JEPA 2 weights
+    rope_base: float = BASE  # longest wavelength over 2 pi; the demo's grids of 4 tokens take 100
+    interpolate_rope: bool = True  # scale rows and columns to the 16-wide reference grid
+    absolute_position: bool = False  # add fixed sines and cosines of the position to the tokens
+    init_std: float = WEIGHT_STD  # of the initial weights of encoder and predictor
     attention: BackendName = "auto"  # auto is xformers on CUDA where it imports, else sdpa
     embed_dim: int | None = None  # in place of the named size's
     depth: int | None = None  # in place of the named size's
@@ -56,6 +61,9 @@ class ModelConfig:
             patch_size=self.patch_size,
             tubelet_size=self.tubelet_size,
             rope=self.rope,
+            rope_base=self.rope_base,
+            interpolate_rope=self.interpolate_rope,
+            absolute_position=self.absolute_position,
             embed_dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,
@@ -80,6 +88,8 @@ class PredictorSettings:
             depth=self.depth,
             num_heads=self.num_heads,
             rope=encoder.rope,
+            rope_base=encoder.rope_base,
+            interpolate_rope=encoder.interpolate_rope,
             mask_token_std=self.mask_token_std,
         )
 
@@ -88,9 +98,13 @@ def build_models(
     model: ModelConfig, predictor: PredictorSettings, *, seed: int, device: Any = None
 ) -> tuple[Encoder, Predictor]:
     """Encoder and predictor as configured, initialised from the seed ("meta": shapes only)."""
-    encoder = create_encoder(model.encoder_config(), attention=model.attention, seed=seed, device=device)
+    encoder = create_encoder(
+        model.encoder_config(), attention=model.attention, seed=seed, weight_std=model.init_std, device=device
+    )
     settings = predictor.predictor_config(encoder.config)
-    return encoder, create_predictor(settings, attention=model.attention, seed=seed, device=device)
+    return encoder, create_predictor(
+        settings, attention=model.attention, seed=seed, weight_std=model.init_std, device=device
+    )
 
 
 def read_recipe(path: Path) -> DictConfig:

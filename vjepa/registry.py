@@ -10,9 +10,9 @@ import torch
 
 from vjepa.nn.attention import BackendName
 from vjepa.nn.encoder import Encoder, EncoderConfig
-from vjepa.nn.init import build
+from vjepa.nn.init import WEIGHT_STD, build
 from vjepa.nn.predictor import Predictor, PredictorConfig
-from vjepa.nn.rope import RopeLayout
+from vjepa.nn.rope import BASE, RopeLayout
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def model_config(
     patch_size: int = 16,
     tubelet_size: int = 2,
     rope: RopeLayout = "interleaved",
+    rope_base: float = BASE,
     interpolate_rope: bool = True,
+    absolute_position: bool = False,
     image_tokenizer: bool = True,
     modality_embed: bool = True,
     embed_dim: int | None = None,
@@ -71,7 +73,9 @@ def model_config(
         patch_size=patch_size,
         tubelet_size=tubelet_size,
         rope=rope,
+        rope_base=rope_base,
         interpolate_rope=interpolate_rope,
+        absolute_position=absolute_position,
         image_tokenizer=image_tokenizer,
         modality_embed=modality_embed,
     )
@@ -111,9 +115,12 @@ def create_encoder(
     attention: BackendName = "auto",
     device: torch.device | str | None = None,
     seed: int = 0,
+    weight_std: float = WEIGHT_STD,
 ) -> Encoder:
-    """An encoder of any configuration, freshly initialised."""
-    return build(lambda: Encoder(config, attention=attention), scope="encoder", seed=seed, device=device)
+    """An encoder of any configuration, freshly initialised with weights of standard deviation `weight_std`."""
+    return build(
+        lambda: Encoder(config, attention=attention), scope="encoder", seed=seed, weight_std=weight_std, device=device
+    )
 
 
 def create_predictor(
@@ -122,6 +129,13 @@ def create_predictor(
     attention: BackendName = "auto",
     device: torch.device | str | None = None,
     seed: int = 0,
+    weight_std: float = WEIGHT_STD,
 ) -> Predictor:
     """A predictor, freshly initialised, deterministic in `seed`."""
-    return build(lambda: Predictor(config, attention=attention), scope="predictor", seed=seed, device=device)
+    return build(
+        lambda: Predictor(config, attention=attention),
+        scope="predictor",
+        seed=seed,
+        weight_std=weight_std,
+        device=device,
+    )

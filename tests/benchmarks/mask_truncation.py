@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     per_step = GRID[1] * GRID[2]
-    for name, config in MaskConfig().video.items():
+    for name, config in MaskConfig().of("video").items():
         for how in ("prefix", "random"):
             contexts, maskeds, times = [], [], np.zeros(GRID[0])
             for step in range(arguments.steps):

@@ -108,3 +108,18 @@ def test_a_mask_that_leaves_no_context_is_refused_with_a_remedy() -> None:
 def test_impossible_masks_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="mask "):
         BlockMaskConfig(**options)  # pyright: ignore[reportArgumentType]
+
+
+FUTURE = BlockMaskConfig(kind="future", num_blocks=1, spatial_scale=1.0, temporal_scale=0.5)
+
+
+def test_a_future_mask_hides_the_last_time_steps_whole_and_shows_the_first() -> None:
+    context, masked = draw(FUTURE, 3)
+    assert context.tolist() == list(range(4 * 256))
+    assert masked.tolist() == list(range(4 * 256, 8 * 256))
+
+
+@pytest.mark.parametrize("options", [{"num_blocks": 2}, {"spatial_scale": 0.5}, {"temporal_scale": 1.0}])
+def test_a_future_mask_that_is_none_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="kind=future"):
+        BlockMaskConfig(**{"kind": "future", "num_blocks": 1, "spatial_scale": 1.0, "temporal_scale": 0.5, **options})  # pyright: ignore[reportArgumentType]

@@ -31,7 +31,7 @@ class FakeSample:
     @property
     def views(self) -> tuple[Tensor, ...]:
         frames = 1 if self.modality == "image" else 8
-        return (torch.full((3, frames, 64, 64), self.ordinal, dtype=torch.uint8),)
+        return (torch.full((3, frames, 64, 64), self.ordinal % 256, dtype=torch.uint8),)
 
 
 def collator(group: int = 6, **options: Any) -> MaskCollator:
@@ -124,3 +124,25 @@ def test_sizes_that_would_make_losses_depend_on_the_split_are_refused(options: d
 def test_named_masks_can_be_any_number() -> None:
     collate = collator(video={"only": BlockMaskConfig(num_blocks=1, spatial_scale=0.3)})
     assert len(masks(collate, range(6))) == 1
+
+
+def test_one_mask_a_step_is_drawn_by_the_step_and_the_same_for_every_micro_batch() -> None:
+    tube = BlockMaskConfig(num_blocks=1, spatial_scale=0.3)
+    future = BlockMaskConfig(kind="future", num_blocks=1, spatial_scale=1.0, temporal_scale=0.5)
+    collate = collator(video={"tube": tube, "future": future}, per_step=1)
+    is_future = []
+    for step in range(40):
+        first, second = (masks(collate, range(12 * step + start, 12 * step + start + 6)) for start in (0, 6))
+        assert len(first) == len(second) == 1
+        half = torch.arange(2 * 64)
+        kinds = [bool(found[0][0].shape[1] == 128 and torch.equal(found[0][0][0], half)) for found in (first, second)]
+        assert kinds[0] == kinds[1]
+        is_future.append(kinds[0])
+    assert 8 < sum(is_future) < 32
+
+
+def test_a_null_mask_drops_the_name() -> None:
+    only = BlockMaskConfig(num_blocks=1, spatial_scale=0.3)
+    assert list(MaskConfig(video={"short": None, "only": only}).of("video")) == ["only"]
+    with pytest.raises(ValueError, match="per_step=0"):
+        MaskConfig(per_step=0)

@@ -221,3 +221,36 @@ def test_predictor_queries_in_one_pass_equal_each_alone() -> None:
         )
         torch.testing.assert_close(predicted, alone[0], atol=1e-6, rtol=0)
         torch.testing.assert_close(visible, alone[1], atol=1e-6, rtol=0)
+
+
+def test_absolute_position_tells_places_apart_that_relative_ones_do_not() -> None:
+    from vjepa.registry import create_encoder, model_config
+
+    config = model_config("vit_debug", absolute_position=True)
+    encoder = create_encoder(config)
+    same = torch.ones(1, 3, 2, 16, 16)
+    rope_only = vjepa.create_model("vit_debug")
+    one_place = torch.tensor([[0]])
+    another = torch.tensor([[5]])
+    clip = same.repeat(1, 1, 1, 2, 3)
+    assert torch.equal(rope_only(clip, context=one_place), rope_only(clip, context=another))
+    assert not torch.allclose(encoder(clip, context=one_place), encoder(clip, context=another), atol=1e-3)
+    assert encoder.state_dict().keys() == rope_only.state_dict().keys(), "positions are fixed, not learned"
+
+
+def test_initial_weights_have_the_spread_that_is_asked_for() -> None:
+    from vjepa.config import ModelConfig, PredictorSettings, build_models
+
+    encoder, predictor = build_models(ModelConfig("vit_tiny", init_std=0.05), PredictorSettings(depth=2), seed=0)
+    for module in (encoder, predictor):
+        assert module.state_dict()["blocks.1.mlp.fc1.weight"].std().item() == pytest.approx(0.05, rel=0.05)
+
+
+def test_the_base_of_the_rotation_reaches_encoder_and_predictor() -> None:
+    from vjepa.config import ModelConfig, PredictorSettings
+
+    model = ModelConfig("vit_debug", rope_base=100.0, interpolate_rope=False)
+    encoder = model.encoder_config()
+    predictor = PredictorSettings(embed_dim=48, num_heads=3).predictor_config(encoder)
+    assert (encoder.rope_base, predictor.rope_base) == (100.0, 100.0)
+    assert (encoder.interpolate_rope, predictor.interpolate_rope) == (False, False)

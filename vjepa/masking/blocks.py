@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vjepa.batch import Grid
 
 Truncate = Literal["random", "prefix"]
+MaskKind = Literal["blocks", "future"]
 Indices = NDArray[np.int64]
 MAX_ATTEMPTS = 100
 
@@ -32,6 +33,7 @@ class BlockMaskConfig:
     temporal_scale: float = 1.0  # share of the time steps that one block covers; 1.0 makes it a tube
     aspect_min: float = 0.75  # smallest height / width of a block
     aspect_max: float = 1.5  # largest height / width of a block
+    kind: MaskKind = "blocks"  # future (not in V-JEPA 2.1): the last temporal_scale of the time steps, whole frames
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1:
@@ -41,6 +43,13 @@ class BlockMaskConfig:
                 raise ValueError(f"mask {name}={getattr(self, name)} must be above 0 and at most 1")
         if not 0 < self.aspect_min <= self.aspect_max:
             raise ValueError(f"mask aspect range [{self.aspect_min}, {self.aspect_max}] must be ascending and positive")
+        if self.kind == "future" and (self.num_blocks, self.spatial_scale) != (1, 1):
+            raise ValueError(
+                f"mask kind=future covers whole frames: num_blocks={self.num_blocks} and "
+                f"spatial_scale={self.spatial_scale} must be 1"
+            )
+        if self.kind == "future" and self.temporal_scale == 1:
+            raise ValueError("mask kind=future with temporal_scale=1 leaves no context: choose a smaller share")
 
 
 def rng(*parts: object) -> np.random.Generator:
@@ -52,6 +61,8 @@ def rng(*parts: object) -> np.random.Generator:
 def block_size(config: BlockMaskConfig, grid: Grid, seed: int, step: int, name: str) -> Grid:
     """Size (t, h, w) in tokens of every block of mask `name` in this step."""
     frames, height, width = grid
+    if config.kind == "future":
+        return max(1, int(frames * config.temporal_scale)), height, width
     aspect = rng(seed, "block size", step, name).uniform(config.aspect_min, config.aspect_max)
     area = int(height * width * config.spatial_scale)
     rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -71,6 +82,7 @@ def draw_mask(
         covered = np.zeros(grid, dtype=bool)
         for _ in range(config.num_blocks):
             t, h, w = (int(generator.integers(0, whole - part + 1)) for whole, part in zip(grid, size, strict=True))
+            t = grid[0] - size[0] if config.kind == "future" else t
             covered[t : t + size[0], h : h + size[1], w : w + size[2]] = True
         flat = covered.ravel()
         if not flat.all():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vjepa.batch import MODALITIES, Batch, Grid, Mask, Modality
-from vjepa.masking.blocks import BlockMaskConfig, Truncate, group_masks
+from vjepa.masking.blocks import BlockMaskConfig, Truncate, group_masks, rng
 
 
 class SampleLike(Protocol):
@@ -35,11 +35,11 @@ class SampleLike(Protocol):
     def rejected(self) -> tuple[Any, ...]: ...
 
 
-def _video_masks() -> dict[str, BlockMaskConfig]:
+def _video_masks() -> dict[str, BlockMaskConfig | None]:
     return {"short": BlockMaskConfig(8, 0.15), "long": BlockMaskConfig(2, 0.7)}
 
 
-def _image_masks() -> dict[str, BlockMaskConfig]:
+def _image_masks() -> dict[str, BlockMaskConfig | None]:
     return {"image": BlockMaskConfig(10, 0.15)}
 
 
@@ -58,13 +58,19 @@ class GroupConfig:
 class MaskConfig:
     """All masks of a run."""
 
-    video: dict[str, BlockMaskConfig] = field(default_factory=_video_masks)  # masks of every video clip, by name
-    image: dict[str, BlockMaskConfig] = field(default_factory=_image_masks)  # masks of every image, by name
+    video: dict[str, BlockMaskConfig | None] = field(default_factory=_video_masks)  # of every clip; null drops a name
+    image: dict[str, BlockMaskConfig | None] = field(default_factory=_image_masks)  # of every image; null drops a name
     group: GroupConfig = field(default_factory=GroupConfig)  # clips cut to the same token counts
+    per_step: int | None = None  # masks used in one step, drawn from the named ones; null: all, as in V-JEPA
     truncate: Truncate = "random"  # how a clip is cut to its group's counts: random, or the reference's prefix
 
+    def __post_init__(self) -> None:
+        if self.per_step is not None and self.per_step < 1:
+            raise ValueError(f"mask.per_step={self.per_step} must be at least 1; null uses all masks in every step")
+
     def of(self, modality: Modality) -> dict[str, BlockMaskConfig]:
-        return self.video if modality == "video" else self.image
+        named = self.video if modality == "video" else self.image
+        return {name: mask for name, mask in named.items() if mask is not None}
 
 
 class MaskCollator:
@@ -104,7 +110,7 @@ class MaskCollator:
         """The masks of these clips, in the order of the configuration's names."""
         group = self._group(modality, step, ordinals)
         masks = []
-        for name, config in self.config.of(modality).items():
+        for name, config in self._chosen(modality, step).items():
             context, masked = group_masks(
                 config,
                 grid,
@@ -117,6 +123,14 @@ class MaskCollator:
             )
             masks.append(Mask(torch.from_numpy(context), torch.from_numpy(masked)))
         return tuple(masks)
+
+    def _chosen(self, modality: Modality, step: int) -> dict[str, BlockMaskConfig]:
+        """The masks of this step: all, or as many as per_step says, a function of (seed, modality, step)."""
+        named, count = self.config.of(modality), self.config.per_step
+        if count is None or count >= len(named):
+            return named
+        chosen = rng(self.seed, "mask", modality, step).choice(len(named), size=count, replace=False)
+        return {name: config for i, (name, config) in enumerate(named.items()) if i in chosen}
 
     def _group(self, modality: Modality, step: int, ordinals: Sequence[int]) -> range:
         """All ordinals of the mask group that holds these; groups start anew each step."""

@@ -13,7 +13,7 @@ from vjepa.batch import Grid, Modality
 from vjepa.nn.attention import BackendName, Segments
 from vjepa.nn.gather import gather_table, pack, take_tokens, unpack
 from vjepa.nn.layers import LAYER_NORM_EPS, Block
-from vjepa.nn.rope import RopeLayout, RopeTable, grid_table
+from vjepa.nn.rope import BASE, RopeLayout, RopeTable, grid_table, sincos_table
 from vjepa.nn.tokenizer import Tokenizer
 
 
@@ -31,7 +31,9 @@ class EncoderConfig:
     tubelet_size: int = 2
     in_chans: int = 3
     rope: RopeLayout = "interleaved"
+    rope_base: float = BASE  # longest wavelength over 2 pi; smaller for grids of a few tokens
     interpolate_rope: bool = True  # scale rows and columns to the 16-wide reference grid
+    absolute_position: bool = False  # add fixed sines and cosines of the position to the tokens (not in V-JEPA 2.1)
     image_tokenizer: bool = True
     modality_embed: bool = True
 
@@ -173,6 +175,9 @@ class Encoder(nn.Module):
         groups, tables = [], []
         for view in views:
             tokens = self.tokenizer(view.clips)
+            if self.config.absolute_position:
+                position = sincos_table(self.grid(view.clips), self.embed_dim, tokens.device)
+                tokens = tokens + position.to(tokens.dtype)
             table = self._table(self.grid(view.clips), tokens.device)
             for indices in view.contexts:
                 groups.append(tokens if indices is None else take_tokens(tokens, indices))
@@ -188,4 +193,4 @@ class Encoder(nn.Module):
 
     def _table(self, grid: Grid, device: torch.device) -> RopeTable:
         head_dim = self.config.embed_dim // self.config.num_heads
-        return grid_table(grid, head_dim, self.config.rope, self.config.interpolate_rope, device)
+        return grid_table(grid, head_dim, self.config.rope, self.config.rope_base, self.config.interpolate_rope, device)

@@ -27,7 +27,12 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def build(
-    factory: Callable[[], ModuleT], *, scope: str, seed: int, device: torch.device | str | None = None
+    factory: Callable[[], ModuleT],
+    *,
+    scope: str,
+    seed: int,
+    weight_std: float = WEIGHT_STD,
+    device: torch.device | str | None = None,
 ) -> ModuleT:
     """Build on the meta device, then materialise and initialise on `device` ("meta" leaves it unmaterialised)."""
     device = torch.device(device or "cpu")
@@ -36,12 +41,12 @@ def build(
     if device.type == "meta":
         return module
     module.to_empty(device=device)
-    initialise(module, scope=scope, seed=seed)
+    initialise(module, scope=scope, seed=seed, weight_std=weight_std)
     return module
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, *, scope: str, seed: int) -> None:
+def initialise(module: nn.Module, *, scope: str, seed: int, weight_std: float = WEIGHT_STD) -> None:
     """Initialise every parameter in place; a parameter left unset is an error naming it."""
     norms = {name for name, part in module.named_modules() if isinstance(part, nn.LayerNorm)}
     mask_token_std = getattr(getattr(module, "config", None), "mask_token_std", 0.0)
@@ -58,7 +63,7 @@ def initialise(module: nn.Module, *, scope: str, seed: int) -> None:
         elif owner == "modality_embeds" or leaf.endswith("_embed"):
             parameter.copy_(_normal(parameter, MODALITY_EMBED_STD, generator))
         elif leaf == "weight":
-            parameter.copy_(_weight(parameter, name, generator))
+            parameter.copy_(_weight(parameter, name, weight_std, generator))
     unset = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
     if unset:
         raise RuntimeError(f"no initialisation rule for {unset}: add one to vjepa/nn/init.py")
@@ -73,9 +78,9 @@ def _normal(parameter: Tensor, std: float, generator: torch.Generator) -> Tensor
     return torch.randn(parameter.shape, generator=generator) * std
 
 
-def _weight(parameter: Tensor, name: str, generator: torch.Generator) -> Tensor:
+def _weight(parameter: Tensor, name: str, std: float, generator: torch.Generator) -> Tensor:
     values = torch.empty(parameter.shape)
-    nn.init.trunc_normal_(values, std=WEIGHT_STD, generator=generator)
+    nn.init.trunc_normal_(values, std=std, generator=generator)
     if match := RESIDUAL_OUTPUT.search(name):
         values /= math.sqrt(2.0 * (int(match[1]) + 1))
     return values

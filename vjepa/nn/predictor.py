@@ -15,7 +15,7 @@ from vjepa.batch import MODALITIES, Grid, Modality
 from vjepa.nn.attention import BackendName
 from vjepa.nn.gather import gather_table, pack, unpack
 from vjepa.nn.layers import LAYER_NORM_EPS, Block
-from vjepa.nn.rope import RopeLayout, RopeTable, grid_table
+from vjepa.nn.rope import BASE, RopeLayout, RopeTable, grid_table
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class PredictorConfig:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     rope: RopeLayout = "interleaved"
+    rope_base: float = BASE
     interpolate_rope: bool = True
     modality_embed: bool = True
     context_head: bool = True  # the second head, for visible tokens
@@ -105,7 +106,10 @@ class Predictor(nn.Module):
 
     def _table(self, query: Query) -> RopeTable:
         head_dim = self.config.embed_dim // self.config.num_heads
-        return grid_table(query.grid, head_dim, self.config.rope, self.config.interpolate_rope, query.tokens.device)
+        config = self.config
+        return grid_table(
+            query.grid, head_dim, config.rope, config.rope_base, config.interpolate_rope, query.tokens.device
+        )
 
 
 def _apply(head: nn.Linear, groups: Sequence[Tensor]) -> list[Tensor]:

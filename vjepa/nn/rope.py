@@ -50,13 +50,13 @@ def grid_positions(grid: Grid, *, interpolate: bool, device: torch.device | None
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
-def rope_table(positions: Tensor, head_dim: int, layout: RopeLayout) -> RopeTable:
+def rope_table(positions: Tensor, head_dim: int, layout: RopeLayout, base: float = BASE) -> RopeTable:
     """Table for tokens at `positions` [N, 3] (time, row, column)."""
     dim = axis_dim(head_dim)
     if dim == 0:
         raise ValueError(f"head_dim={head_dim} is too small for three rotated axes: use at least 6")
     exponent = torch.arange(dim // 2, device=positions.device, dtype=torch.float32) / (dim / 2)
-    omega = BASE**-exponent  # [dim/2]
+    omega = base**-exponent  # [dim/2]
     omega = omega.repeat_interleave(2) if layout == "interleaved" else omega.repeat(2)  # [dim]
     angles = (positions.float()[:, :, None] * omega).flatten(1)  # [N, 3 * dim]
     angles = torch.nn.functional.pad(angles, (0, head_dim - 3 * dim))  # angle 0 leaves the rest as it is
@@ -71,7 +71,24 @@ def rotate(x: Tensor, table: RopeTable) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def grid_table(grid: Grid, head_dim: int, layout: RopeLayout, interpolate: bool, device: torch.device) -> RopeTable:
+def grid_table(
+    grid: Grid, head_dim: int, layout: RopeLayout, base: float, interpolate: bool, device: torch.device
+) -> RopeTable:
     """Table for all tokens of a grid, kept for the next call with the same arguments."""
     with torch.inference_mode(False), torch.no_grad():
-        return rope_table(grid_positions(grid, interpolate=interpolate, device=device), head_dim, layout)
+        return rope_table(grid_positions(grid, interpolate=interpolate, device=device), head_dim, layout, base)
+
+
+@functools.lru_cache(maxsize=32)
+def sincos_table(grid: Grid, dim: int, device: torch.device) -> Tensor:
+    """Fixed absolute positions of all tokens of a grid, [N, dim] fp32: sines and cosines of time, row and column.
+
+    Each axis has a third of the channels, rounded down to an even number; the rest stays 0. Positions are not scaled.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        positions = grid_positions(grid, interpolate=False, device=device)  # [N, 3]
+        frequencies = dim // 3 // 2
+        omega = BASE ** -(torch.arange(frequencies, device=device, dtype=torch.float32) / max(1, frequencies))
+        angles = positions[:, :, None] * omega  # [N, 3, frequencies]
+        table = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+        return torch.nn.functional.pad(table, (0, dim - table.shape[1]))
