@@ -25,7 +25,7 @@ from vjepa.batch import MicroBatch
 from vjepa.config import ConfigError, build_models, to_yaml
 from vjepa.masking.collate import MaskCollator
 from vjepa.objectives.jepa import JEPA, freeze_unused
-from vjepa.train.distributed import World, init_world
+from vjepa.train.distributed import World, init_world, leave_process
 from vjepa.train.record import Interrupted
 from vjepa.train.run_dir import RunDir, write_text
 from vjepa.train.signals import StopFlag, StoppedEarly, catch_stop_signals
@@ -214,4 +214,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave_process(main())

@@ -258,7 +258,8 @@ def test_pixels_without_the_decoder_asked_for_are_an_error_in_one_line(monkeypat
 
 
 TRAINER = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 from collections.abc import Iterable
 from pathlib import Path
 sys.path.insert(0, {tests!r})

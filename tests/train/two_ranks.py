@@ -19,6 +19,7 @@ from launch.config import load_config
 from launch.train import run
 from vjepa.objectives.terms import MaskedPrediction
 from vjepa.train import run_dir
+from vjepa.train.distributed import leave_process
 
 
 def attempt(folder: Path, *overrides: str, resume: bool = False) -> tuple[int, str]:
@@ -61,6 +62,7 @@ def main() -> None:
     outcomes["poisoned"] = attempt(out / "poisoned")
     (out / f"rank{rank}.json").write_text(json.dumps(outcomes))
     leave()
+    leave_process(0)
 
 
 if __name__ == "__main__":
