@@ -42,6 +42,6 @@ lint: setup  ## ruff check, ruff format --check, pyright
 	@$(VENV)/bin/ruff format --check .
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
 
-bench: setup  ## run the benchmarks of tests/benchmarks
-	@[ -d tests/benchmarks ] || { echo "bench: nothing was measured: tests/benchmarks does not exist yet"; exit 1; }
-	@$(PY) -m pytest tests/benchmarks -s -o python_files="bench_*.py test_*.py"
+bench: setup  ## run the measurements of tests/benchmarks that the READMEs quote (about 3 minutes)
+	$(PY) -m tests.benchmarks.mask_truncation
+	$(PY) -m tests.benchmarks.kill_and_resume --kills 10

@@ -92,7 +92,10 @@ def _judge(item: Input, options: IngestOptions, frames: Frames, writer: "_PieceW
     long_enough = max(options.min_frames, options.min_seconds * float(writer.rate))
     kept = [record for record in writer.records if record.meta.get("frames", 0) >= long_enough]
     if not kept:
-        raise DecodeError(f"{damage}; the {frames.count} intact frames are too few to keep")
+        raise DecodeError(
+            f"{damage}; the {frames.count} intact frames are too few to keep "
+            f"({long_enough:g} at {float(writer.rate):g} fps are needed)"
+        )
     seconds = kept[-1].meta["start"] + kept[-1].meta["duration"]
     stills = [record for record in writer.records if record.modality == "image"]
     status = "tail lost" if frames.damage else "frames lost"

@@ -1,6 +1,6 @@
-"""Writes tests/golden/tiny.pt: a checkpoint in the released layout at a tiny size, and what this code computes from it.
+"""Writes the two golden files here: a checkpoint in the released layout at a tiny size, and what is computed from it.
 
-    python tests/golden/make.py
+    python -m tests.golden.make
 
 It was written once, by the version of the code that reproduced every tensor of the reference's golden file
 (../shared/golden/vjepa21_tiny) within 1e-6. Run it again only together with that comparison: a new file made by broken
@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import vjepa
 from tests.golden.compute import compute, load_models
 
 DIM, DEPTH, WIDTH, LEVELS = 24, 4, 12, 4
-HEADS, PREDICTOR_HEADS = 1, 1
 FOLDER = Path(__file__).parent
 
 
@@ -88,7 +86,7 @@ def main() -> None:
         }
     expected = {name: case | compute(case, name, *load_models(weights)) for name, case in cases.items()}
     torch.save(expected, FOLDER / "tiny_expected.pt")
-    print(vjepa.__name__, {path.name: path.stat().st_size for path in FOLDER.glob("*.pt")})
+    print({path.name: path.stat().st_size for path in FOLDER.glob("*.pt")})
 
 
 if __name__ == "__main__":

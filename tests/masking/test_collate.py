@@ -78,6 +78,11 @@ def test_a_batch_knows_its_step_grid_and_keys() -> None:
     assert [len(batch.masks), len(batch)] == [2, 3]
 
 
+def test_extras_of_all_samples_travel_also_where_the_first_has_none() -> None:
+    samples = [FakeSample(0), FakeSample(1, extra={"labels": {"class": 3}})]
+    assert collator()(samples).extra == {"labels": [None, {"class": 3}]}
+
+
 def test_a_micro_batch_over_a_group_s_border_is_refused() -> None:
     with pytest.raises(ValueError, match="reach over the mask group"):
         masks(collator(), range(4, 8))

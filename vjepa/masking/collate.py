@@ -102,7 +102,7 @@ class MaskCollator:
             views=views,
             masks=self.masks(modality, step, ordinals, grid),
             grid=grid,
-            extra={name: [sample.extra.get(name) for sample in samples] for name in first.extra},
+            extra={name: [sample.extra.get(name) for sample in samples] for name in _names(samples)},
             rejected=tuple(record for sample in samples for record in sample.rejected),
         )
 
@@ -148,6 +148,11 @@ class MaskCollator:
     def _grid(self, clips: Tensor) -> Grid:
         frames, height, width = clips.shape[2:]
         return max(1, frames // self.tubelet_size), height // self.patch_size, width // self.patch_size
+
+
+def _names(samples: Sequence[SampleLike]) -> list[str]:
+    """All names in the samples' extras, in the order of their first appearance: sources differ in what they label."""
+    return list(dict.fromkeys(name for sample in samples for name in sample.extra))
 
 
 def check_groups(config: MaskConfig, *, batch: Mapping[Modality, int], micro_batch: Mapping[Modality, int]) -> None:
