@@ -24,10 +24,8 @@ setup: $(STAMP)  ## make the .venv (TORCH=2.11.0 for another torch, PYTHON=pytho
 $(STAMP): pyproject.toml Makefile .ci/setup.sh
 	@bash .ci/setup.sh "$(PYTHON)" "$(TORCH)" "$(VENV)" "$@"
 
-demo: setup  ## train a small model on real video and write runs/demo/report/index.html
-	@if [ -e runs/demo ]; then \
-		old=runs/demo-$$(date +%Y%m%d-%H%M%S); mv runs/demo "$$old"; echo "demo: moved the earlier runs/demo to $$old"; fi
-	$(PY) launch/submit.py --stage primary --recipe demo run_dir=runs/demo
+demo: setup  ## train, evaluate, write runs/demo/report/index.html (SEEDS=3: three trainings)
+	$(PY) -m launch.demo --seeds $(or $(SEEDS),1)
 
 test: setup  ## run the tests (those marked slurm only where sbatch is there)
 	@$(PY) -m pytest --ignore=tests/benchmarks $(MARKERS)

@@ -4,10 +4,13 @@ The index files stay on disk: a row is looked up by its line's position, so a fo
 and no Python objects. Everything is read with pread, which is safe after a fork.
 """
 
+import base64
 import hashlib
 import json
 import os
+import zlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,18 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
     if version != SCHEMA:
         raise ShardError(f"{file}: schema version {version!r}, but this code reads {SCHEMA}; {_REDO}")
     return file.parent, manifest
+
+
+def pack_masks(masks: np.ndarray) -> dict[str, Any]:
+    """Masks as a record's labels hold them: the shape, and the uint8 bytes through zlib and base64."""
+    packed = zlib.compress(np.ascontiguousarray(masks, np.uint8).tobytes(), 9)
+    return {"shape": list(masks.shape), "zlib": base64.b64encode(packed).decode()}
+
+
+def unpack_masks(packed: Mapping[str, Any]) -> np.ndarray:
+    """The masks, uint8 (writable); KeyError, ValueError or zlib.error for what `pack_masks` has not written."""
+    flat = np.frombuffer(bytearray(zlib.decompress(base64.b64decode(packed["zlib"]))), np.uint8)
+    return flat.reshape(packed["shape"])
 
 
 def modalities(path: str | Path) -> list[str]:

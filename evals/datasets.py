@@ -5,7 +5,6 @@ No crop is random and no clip position either: the same shards always give the s
 
 from __future__ import annotations
 
-import base64
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -97,12 +96,6 @@ def _stack(labels: list[Mapping[str, Tensor]], keys: list[str]) -> dict[str, Ten
         if found.keys() != labels[0].keys():
             raise LabelError(f"record {key} has labels {sorted(found)}, the first one {sorted(labels[0])}")
     return {name: torch.stack([found[name] for found in labels]) for name in labels[0]}
-
-
-def unpack_mask(packed: Mapping[str, Any]) -> Tensor:
-    """A mask as our shards store it, `{"shape": [...], "zlib": base64 of the compressed bytes}` -> uint8 [T, H, W]."""
-    flat = np.frombuffer(bytearray(zlib.decompress(base64.b64decode(packed["zlib"]))), np.uint8)
-    return torch.from_numpy(flat).view(*packed["shape"])
 
 
 def token_classes(masks: Tensor, num_classes: int, *, patch_size: int, tubelet_size: int, share: float = 0.2) -> Tensor:

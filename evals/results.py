@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evals.protocol import MODELS, TRAINED, Row
+from evals.protocol import MODELS, TRAINED, UNTRAINED, Row
 
 RESULTS, SUMMARY = Path("evals") / "results.jsonl", "summary.json"
 
@@ -37,20 +38,23 @@ def append_results(run: Path | str, rows: Sequence[Row]) -> Path:
 
 
 def merge_summary(run: Path | str, rows: Sequence[Row]) -> Path:
-    """Put rows under `evals` of RUN/summary.json; one that was there with the same identity is replaced.
+    """Put rows into RUN/summary.json; one that was there with the same identity is replaced.
 
-    Whatever else the summary holds stays as it is; without a summary, one with `evals` alone is written.
+    Those of finished stages lie under `evals`, those with a step, the points of training curves, under `curve`.
+    Whatever else the summary holds stays as it is; without a summary, one with rows alone is written.
     """
     path = Path(run) / SUMMARY
     summary = _read_summary(path)
-    merged = {row.identity: row for row in [*_rows_of(summary, path), *rows]}
-    summary["evals"] = [row.to_json() for row in merged.values()]
+    merged = {row.identity: row for row in [*_rows_of(summary, path), *rows]}.values()
+    summary["evals"] = [row.to_json() for row in merged if row.step is None]
+    if any(row.step is not None for row in merged):
+        summary["curve"] = [row.to_json() for row in merged if row.step is not None]
     _replace(path, json.dumps(summary, indent=2) + "\n")
     return path
 
 
 def read_summary_rows(run: Path | str) -> list[Row]:
-    """The rows in RUN/summary.json."""
+    """The rows in RUN/summary.json, those of finished stages first."""
     path = Path(run) / SUMMARY
     return _rows_of(_read_summary(path), path)
 
@@ -64,9 +68,11 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 def _rows_of(summary: Mapping[str, Any], path: Path) -> list[Row]:
     try:
-        return [Row(**entry) for entry in summary.get("evals", [])]
+        return [Row(**entry) for name in ("evals", "curve") for entry in summary.get(name, [])]
     except TypeError as error:
-        raise ResultsError(f"{path}: an entry of `evals` is none of this version ({error}): move it away") from error
+        raise ResultsError(
+            f"{path}: an entry of `evals` or `curve` is none of this version ({error}): move it away"
+        ) from error
 
 
 def _replace(path: Path, text: str) -> None:
@@ -83,11 +89,54 @@ def _replace(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------------- the table
 
 
+Values = dict[int | None, list[float]]
+
+
 def summarise(rows: Iterable[Row]) -> dict[str, dict[str, list[float]]]:
-    """Task -> model -> its values over probe seeds (and training seeds), in the order the rows come in."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Task -> model -> the values whose mean and spread are shown; rows with a step are left out.
+
+    One value for each training where there are several (the mean over its probes), else one for each probe.
+    """
+    grouped: dict[str, dict[str, Values]] = {}
     for row in rows:
-        found.setdefault(row.task, {}).setdefault(row.model, []).append(row.value)
+        if row.step is None:
+            by_training = grouped.setdefault(row.task, {}).setdefault(row.model, {})
+            by_training.setdefault(row.training_seed, []).append(row.value)
+    return {
+        task: {model: _one_each(by_training) for model, by_training in by_model.items()}
+        for task, by_model in grouped.items()
+    }
+
+
+def _one_each(by_training: Values) -> list[float]:
+    """The mean of each training; of a single one all its values."""
+    values = list(by_training.values())
+    return values[0] if len(values) == 1 else [statistics.fmean(each) for each in values]
+
+
+def num_trainings(rows: Iterable[Row]) -> int:
+    """How many trainings the rows of the trained encoder come from."""
+    return len({row.training_seed for row in rows if row.model == TRAINED and row.step is None})
+
+
+def curve(rows: Sequence[Row]) -> dict[str, dict[int | None, list[float]]]:
+    """Task -> step -> values of the trained encoder; step 0 is the untrained one, None the end of the training.
+
+    {} where no row has a step.
+    """
+    points = {row.step for row in rows if row.step is not None}  # only the trained encoder has them
+    if not points:
+        return {}
+    at_ends = summarise(rows)
+    found: dict[str, dict[int | None, list[float]]] = {}
+    for task, by_model in at_ends.items():
+        found[task] = {0: by_model[UNTRAINED]} if UNTRAINED in by_model else {}
+        for step in sorted(points):
+            here = summarise(replace(row, step=None) for row in rows if (row.task, row.step) == (task, step))
+            if task in here:
+                found[task][step] = here[task][TRAINED]
+        if TRAINED in by_model:
+            found[task][None] = by_model[TRAINED]
     return found
 
 
@@ -126,18 +175,47 @@ def results_table(rows: Sequence[Row], *, title: str = "") -> Table:
     return table
 
 
+def curve_table(rows: Sequence[Row], *, total_steps: int, title: str = "") -> Table:
+    """A line per task, a column per step at which the encoder was measured, as a share of the training."""
+    found = curve(rows)
+    steps: dict[int | None, None] = dict.fromkeys(step for by_step in found.values() for step in by_step)
+    ordered = sorted(steps, key=lambda step: total_steps if step is None else step)
+    table = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for step in ordered:
+        table.add_column(
+            "100 %" if step is None else f"{100 * step / total_steps:.0f} %", justify="right", no_wrap=True
+        )
+    for task, by_step in found.items():
+        table.add_row(task, *(format_cell(by_step[step]) if step in by_step else "" for step in ordered))
+    return table
+
+
+def print_curve(rows: Sequence[Row], *, total_steps: int, console: Console | None = None) -> None:
+    """The table on the way through the training; nothing where no checkpoint was measured."""
+    table = curve_table(rows, total_steps=total_steps, title="The encoder on its way, by share of the training")
+    if table.row_count:
+        print_wide(table, console or Console())
+
+
 def print_table(rows: Sequence[Row], *, title: str = "", console: Console | None = None) -> None:
     """Print the table and where the trained encoder is beaten; wider than a narrow terminal rather than cut short."""
     console = console or Console()
-    table = results_table(rows, title=title)
-    unbounded = console.options.update(max_width=1000)
-    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
-    console.print(table)
+    print_wide(results_table(rows, title=title), console)
+    trainings = num_trainings(rows)
+    over = f"{trainings} trainings" if trainings > 1 else "the seeds of the probes, one training"
     console.print(
-        "Mean ± standard deviation over seeds. rgb: the pixels and the position of each token;", soft_wrap=True
+        f"Mean ± standard deviation over {over}. rgb: the pixels and the position of each token;", soft_wrap=True
     )
     console.print(
         "rgb_difference: the same and the change inside each tubelet, a reference made by hand.", soft_wrap=True
     )
     for model, tasks in ahead_of_trained(rows).items():
         console.print(f"{model} is as good as trained or better in: {', '.join(tasks)}", soft_wrap=True)
+
+
+def print_wide(table: Table, console: Console) -> None:
+    """A table at its full width, also where the terminal is narrower."""
+    unbounded = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table)

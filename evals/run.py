@@ -16,12 +16,13 @@ from typing import Any, Protocol
 
 from evals.datasets import LabelledClips, read_labelled
 from evals.features import EncoderFeatures, FeatureSet, FeatureSource, PixelFeatures, read_features
-from evals.protocol import TRAINED, UNTRAINED, EvalConfig, Kind, Readout, Row, Score, Task
+from evals.protocol import RGB, RGB_DIFFERENCE, TRAINED, UNTRAINED, EvalConfig, Kind, Readout, Row, Score, Task
 from evals.results import print_table, save
 from evals.suites import SUITES, Suite
 from evals.tasks import classification, knn, segmentation
 from vjepa.hub import CONFIG, from_pretrained
 from vjepa.nn.encoder import Encoder
+from vjepa.nn.init import WEIGHT_STD
 from vjepa.registry import create_encoder
 
 
@@ -40,9 +41,12 @@ EVALUATORS: dict[Kind, Evaluator] = {
 }
 
 
-def default_sources(encoder: Encoder, *, untrained_seed: int = 0) -> list[FeatureSource]:
-    """The trained encoder and what it is measured against: itself before training, and the two made of pixels."""
-    untrained = create_encoder(encoder.config, seed=untrained_seed)
+def default_sources(encoder: Encoder, *, seed: int = 0, init_std: float = WEIGHT_STD) -> list[FeatureSource]:
+    """The trained encoder and what it is measured against: itself before training, and the two made of pixels.
+
+    `seed` and `init_std` are those the training started from.
+    """
+    untrained = create_encoder(encoder.config, seed=seed, weight_std=init_std)
     return [
         EncoderFeatures(TRAINED, encoder),
         EncoderFeatures(UNTRAINED, untrained),
@@ -51,9 +55,11 @@ def default_sources(encoder: Encoder, *, untrained_seed: int = 0) -> list[Featur
     ]
 
 
-def read_splits(suite: Suite, data: Path | str, encoder: Encoder) -> tuple[LabelledClips, LabelledClips]:
-    """The clips that probes are fitted on and those they are scored on, with labels on the encoder's grid."""
-    reader = suite.label_reader(patch_size=encoder.patch_size, tubelet_size=encoder.tubelet_size)
+def read_splits(
+    suite: Suite, data: Path | str, *, patch_size: int, tubelet_size: int
+) -> tuple[LabelledClips, LabelledClips]:
+    """The clips that probes are fitted on and those they are scored on, with labels on the grid of the tokens."""
+    reader = suite.label_reader(patch_size=patch_size, tubelet_size=tubelet_size)
     train, test = (read_labelled(Path(data) / split, reader) for split in (suite.train_split, suite.test_split))
     shared = set(train.keys) & set(test.keys)
     if shared:
@@ -88,13 +94,12 @@ def run_suite(
     step: int | None = None,
     training_seed: int | None = None,
 ) -> list[Row]:
-    """All tasks of a suite on every source."""
+    """All tasks of a suite on every source; the training seed is said of encoders, pixels have none."""
     rows = []
     for source in sources:
         scores = score_source(suite, source, train, test, config or EvalConfig())
-        rows += [
-            Row.of(score, stage=stage, model=source.name, step=step, training_seed=training_seed) for score in scores
-        ]
+        seed = None if source.name in (RGB, RGB_DIFFERENCE) else training_seed
+        rows += [Row.of(score, stage=stage, model=source.name, step=step, training_seed=seed) for score in scores]
     return rows
 
 
@@ -127,9 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stage = options.stage or pretraining.get("stage") or options.model.stem
     seed = pretraining.get("seed", 0) if options.untrained_seed is None else options.untrained_seed
     encoder = from_pretrained(options.model)
-    train, test = read_splits(suite, options.data, encoder)
+    train, test = read_splits(suite, options.data, patch_size=encoder.patch_size, tubelet_size=encoder.tubelet_size)
     config = EvalConfig(seeds=tuple(range(options.seeds)))
-    rows = run_suite(suite, default_sources(encoder, untrained_seed=seed), train, test, config, stage=stage)
+    init_std = pretraining.get("init_std", WEIGHT_STD)
+    sources = default_sources(encoder, seed=seed, init_std=init_std)
+    trained_with = pretraining.get("seed")
+    rows = run_suite(suite, sources, train, test, config, stage=stage, training_seed=trained_with)
     if options.out:
         save(options.out, rows)
     title = f"{suite.name}: probes on {len(train)} clips, {len(test)} test clips, {time.monotonic() - begin:.0f} s"

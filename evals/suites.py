@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from evals.datasets import LabelReader, token_classes, unpack_mask
+from data_pipeline.shards import unpack_masks
+from evals.datasets import LabelReader, token_classes
 from evals.protocol import Focus, Task
 
 STATIC, MOVING = 1, 2  # values of a digits mask; 0 is the background
@@ -41,7 +42,7 @@ class Suite:
 
 def digits_labels(labels: Mapping[str, Any], *, patch_size: int, tubelet_size: int) -> dict[str, Tensor]:
     """Truths of a clip with one moving and one static digit (`data_pipeline/README.md` describes the labels)."""
-    masks = unpack_mask(labels["masks"])
+    masks = torch.from_numpy(unpack_masks(labels["masks"]))
     direction = torch.tensor(int(labels["direction"]))
     layout = token_classes(masks, 3, patch_size=patch_size, tubelet_size=tubelet_size)  # [t, h, w]
     return {

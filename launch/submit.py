@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of imports: end, without a traceback
 
-from launch.cluster import run_locally
+from launch.cluster import die_with, run_locally
 from launch.config import RunConfig
 from launch.report import build_report
 from launch.train import add_run_arguments, load
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python launch/submit.py", description=__doc__)
     add_run_arguments(parser, recipe_required=False)
     parser.add_argument("--cluster", choices=("auto", "local", "slurm"), default="auto", help="where to run")
+    parser.add_argument("--owner", type=int, metavar="PID", help="end, with the run, when this process is gone")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     return parser
 
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if arguments.owner is not None:
+        die_with(arguments.owner)
     print(f"recipe {config.recipe} ({why}), stage {config.stage}, on this machine ({cluster})", flush=True)
     if arguments.dry_run:
         print(describe(config))

@@ -40,7 +40,8 @@ class ModelConfig:
     rope: RopeLayout = "interleaved"  # tiled only for V-JEPA 2 weights
     rope_base: float = BASE  # longest wavelength over 2 pi; the demo's grids of 4 tokens take 100
     interpolate_rope: bool = True  # scale rows and columns to the 16-wide reference grid
-    absolute_position: bool = False  # add fixed sines and cosines of the position to the tokens
+    absolute_position: float = 0.0  # add fixed sines and cosines of the position, times this, to all tokens
+    absolute_position_base: float = BASE  # of their frequencies; smaller for grids of a few tokens
     init_std: float = WEIGHT_STD  # of the initial weights of encoder and predictor
     attention: BackendName = "auto"  # auto is xformers on CUDA where it imports, else sdpa
     embed_dim: int | None = None  # in place of the named size's
@@ -64,6 +65,7 @@ class ModelConfig:
             rope_base=self.rope_base,
             interpolate_rope=self.interpolate_rope,
             absolute_position=self.absolute_position,
+            absolute_position_base=self.absolute_position_base,
             embed_dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,
@@ -90,6 +92,8 @@ class PredictorSettings:
             rope=encoder.rope,
             rope_base=encoder.rope_base,
             interpolate_rope=encoder.interpolate_rope,
+            absolute_position=encoder.absolute_position,
+            absolute_position_base=encoder.absolute_position_base,
             mask_token_std=self.mask_token_std,
         )
 

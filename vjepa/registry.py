@@ -51,7 +51,8 @@ def model_config(
     rope: RopeLayout = "interleaved",
     rope_base: float = BASE,
     interpolate_rope: bool = True,
-    absolute_position: bool = False,
+    absolute_position: float = 0.0,
+    absolute_position_base: float = BASE,
     image_tokenizer: bool = True,
     modality_embed: bool = True,
     embed_dim: int | None = None,
@@ -76,6 +77,7 @@ def model_config(
         rope_base=rope_base,
         interpolate_rope=interpolate_rope,
         absolute_position=absolute_position,
+        absolute_position_base=absolute_position_base,
         image_tokenizer=image_tokenizer,
         modality_embed=modality_embed,
     )

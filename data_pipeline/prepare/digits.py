@@ -23,12 +23,12 @@ from typing import Any
 import av
 import numpy as np
 
-from data_pipeline.prepare.digits_labels import pixel_masks, scene_labels
+from data_pipeline.prepare.digits_labels import scene_labels
 from data_pipeline.prepare.digits_scene import DIRECTIONS, SPLITS, DigitsConfig, SplitPlan, draw, load_glyphs
 from data_pipeline.prepare.digits_sheet import write_sheet
 from data_pipeline.prepare.options import IngestOptions, Record
 from data_pipeline.prepare.writer import SeriesWriter, claim, write_manifest
-from data_pipeline.shards import MANIFEST, Shards
+from data_pipeline.shards import MANIFEST, Shards, unpack_masks
 
 MADE_OF = "digits.json"
 SHEET = "contact_sheet.png"
@@ -177,7 +177,7 @@ def _contents(folder: Path, plan: SplitPlan) -> dict[str, Any]:
         "static_digits": np.bincount(plan.static_digits, minlength=10).tolist(),
     }
     if plan.is_labelled:
-        masks = [pixel_masks(shards.row(index)["labels"]) for index in range(len(shards))]
+        masks = [unpack_masks(shards.row(index)["labels"]["masks"]) for index in range(len(shards))]
         shares = np.bincount(np.concatenate(masks, axis=None), minlength=3) / sum(mask.size for mask in masks)
         found["pixel_shares"] = dict(zip(("background", "static", "moving"), shares.round(5).tolist(), strict=True))
     shards.close()

@@ -7,9 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_pipeline.decode import frames_at, open_decoder
-from data_pipeline.prepare.digits_labels import pixel_masks
 from data_pipeline.prepare.digits_scene import DIRECTIONS, MOVING, STATIC
-from data_pipeline.shards import Shards
+from data_pipeline.shards import Shards, unpack_masks
 
 _ZOOM, _GAP, _TEXT = 3, 4, 14  # pixels
 _MASK_COLOURS = np.array([[0, 0, 0], [60, 120, 255], [255, 140, 0]], np.uint8)  # background, static, moving
@@ -34,7 +33,7 @@ def _strips(folder: Path, clips: int) -> list[Image.Image]:
         times = np.arange(row["frames"]) / row["fps"]
         frames = frames_at(open_decoder(data, "video"), times).permute(0, 2, 3, 1).numpy()  # [T, H, W, C]
         labels = row.get("labels")
-        rows = [frames] if labels is None else [frames, _MASK_COLOURS[pixel_masks(labels)]]
+        rows = [frames] if labels is None else [frames, _MASK_COLOURS[unpack_masks(labels["masks"])]]
         strips.append(_strip(rows, f"{row['key']}: {_words(labels)}"))
     shards.close()
     return strips

@@ -14,14 +14,27 @@ from evals.protocol import EvalConfig, Score, Task
 
 def evaluate(tasks: Sequence[Task], train: FeatureSet, test: FeatureSet, config: EvalConfig) -> Iterator[Score]:
     """Scores of all tasks, which are fitted together."""
-    rows, test_rows = (features.features["tokens"].flatten(0, 3) for features in (train, test))
-    problems = {task.name: Problem(_token_labels(task, train), len(task.classes)) for task in tasks}
     truths = {task.name: _token_labels(task, test) for task in tasks}
     for seed in config.seeds:
-        heads = fit_linear(rows, problems, config.fit, seed=seed)
+        predicted = _predictions(tasks, train, test, config, seed)
         for task in tasks:
-            counts = ConfusionMatrix(len(task.classes)).update(heads[task.name].predict(test_rows), truths[task.name])
+            counts = ConfusionMatrix(len(task.classes)).update(predicted[task.name], truths[task.name])
             yield from segmentation_scores(task, counts, seed)
+
+
+def predict(task: Task, train: FeatureSet, test: FeatureSet, config: EvalConfig, *, seed: int) -> Tensor:
+    """The class of every token of `test` by the probe of one seed, as `evaluate` fits it: int64 [N, t, h, w]."""
+    return _predictions([task], train, test, config, seed)[task.name].view(test.features["tokens"].shape[:4])
+
+
+def _predictions(
+    tasks: Sequence[Task], train: FeatureSet, test: FeatureSet, config: EvalConfig, seed: int
+) -> dict[str, Tensor]:
+    """Task -> the classes of the test tokens, int64 [N * t * h * w], by one probe each."""
+    rows, test_rows = (features.features["tokens"].flatten(0, 3) for features in (train, test))
+    problems = {task.name: Problem(_token_labels(task, train), len(task.classes)) for task in tasks}
+    heads = fit_linear(rows, problems, config.fit, seed=seed)
+    return {name: head.predict(test_rows) for name, head in heads.items()}
 
 
 def segmentation_scores(task: Task, counts: ConfusionMatrix, seed: int) -> Iterator[Score]:

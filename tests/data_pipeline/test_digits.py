@@ -15,9 +15,8 @@ from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceC
 from data_pipeline.decode import frames_at, open_decoder
 from data_pipeline.loader import build_loader
 from data_pipeline.prepare.digits import MADE_OF, SHEET, encode, main, make_digits
-from data_pipeline.prepare.digits_labels import pack_masks, pixel_masks, token_directions, token_labels
 from data_pipeline.prepare.digits_scene import DIRECTIONS, SPLITS, DigitsConfig, SplitPlan, draw, load_glyphs
-from data_pipeline.shards import Shards
+from data_pipeline.shards import Shards, pack_masks, unpack_masks
 
 CONFIG = DigitsConfig(train_clips=70, probe_train_clips=24, test_clips=20)  # 70: more than are encoded at a time
 AS_IT_IS = ClipConfig(frames=8, fps=8.0, size=32, scale_min=1, scale_max=1, aspect_min=1, aspect_max=1, flip=0)
@@ -145,7 +144,7 @@ def test_the_manifest_counts_what_the_shards_hold(made: Path):
         for role in ("moving", "static"):
             digits = [label[f"{role}_digit"] for label in labels]
             assert held[f"{role}_digits"] == [digits.count(digit) for digit in range(10)]
-        masks = np.stack([pixel_masks(label) for label in labels])
+        masks = np.stack([unpack_masks(label["masks"]) for label in labels])
         assert held["pixel_shares"]["moving"] == pytest.approx((masks == 2).mean(), abs=1e-5)
 
 
@@ -231,7 +230,7 @@ def test_the_path_stays_inside_and_lies_in_the_boxes(made: Path):
         assert boxes.min() >= 0
         assert boxes.max() <= CONFIG.size
         np.testing.assert_allclose((boxes[:-1, :2] + boxes[:-1, 2:]) / 2, labels["path"], atol=2e-3)
-        for mask, (x0, y0, x1, y1) in zip(pixel_masks(labels), boxes[:-1], strict=True):
+        for mask, (x0, y0, x1, y1) in zip(unpack_masks(labels["masks"]), boxes[:-1], strict=True):
             y, x = np.nonzero(mask == 2)
             assert x0 - 1 <= x.min()
             assert x.max() + 1 <= x1 + 1
@@ -280,7 +279,7 @@ def test_the_loader_gives_every_clip_exactly_as_it_was_drawn(made: Path, split: 
         np.testing.assert_array_equal(sample.clip.permute(1, 2, 3, 0).numpy(), expected)
         np.testing.assert_array_equal(sample.extra["timestamps"], np.arange(8) / 8)
         if split != "train":
-            assert pixel_masks(sample.extra["labels"]).shape == (8, 32, 32)
+            assert unpack_masks(sample.extra["labels"]["masks"]).shape == (8, 32, 32)
 
 
 @pytest.mark.parametrize("decoder", ["torchcodec", "pyav"])
@@ -305,47 +304,6 @@ def test_webdataset_reads_the_videos_and_the_labels(made: Path):
         assert json.loads(sample["json"])["labels"] == row["labels"]
 
 
-# --- per pixel and per token ----------------------------------------------------------------------------------------
-
-
 def test_masks_survive_the_json():
     masks = np.random.default_rng(0).integers(0, 3, (8, 32, 32), dtype=np.uint8)
-    labels = json.loads(json.dumps({"masks": pack_masks(masks)}))
-    np.testing.assert_array_equal(pixel_masks(labels), masks)
-
-
-def test_a_token_is_the_digit_with_more_than_a_fifth_of_it_and_the_larger_of_two():
-    masks = np.zeros((2, 5, 30), np.uint8)  # six tubelets of 2 frames and 5x5 pixels: 50 each
-    tubelets = masks.reshape(2, 5, 6, 5).transpose(2, 0, 1, 3)  # [token, frame, y, x], a view
-
-    def fill(token: int, static: int, moving: int) -> None:
-        tubelets[token] = np.repeat([1, 2, 0], [static, moving, 50 - static - moving]).reshape(2, 5, 5)
-
-    for token, counts in enumerate([(10, 0), (11, 0), (10, 10), (20, 19), (19, 20), (12, 12)]):
-        fill(token, *counts)
-    tokens = token_labels(masks, patch_size=5, tubelet_size=2)
-    assert tokens.dtype == np.int64
-    assert tokens.tolist() == [[[0, 1, 0, 1, 2, 2]]]
-
-
-def test_tokens_lie_where_their_pixels_are():
-    masks = np.zeros((2, 8, 32, 32), np.uint8)  # two clips
-    masks[1, 2:4, 8:16, 24:32] = 2
-    masks[1, 6:8, 0:8, 16:24] = 1
-    tokens = token_labels(masks, patch_size=8, tubelet_size=2)
-    assert tokens.shape == (2, 4, 4, 4)
-    expected = np.zeros((2, 4, 4, 4), np.int64)
-    expected[1, 1, 1, 3], expected[1, 3, 0, 2] = 2, 1
-    np.testing.assert_array_equal(tokens, expected)
-
-
-def test_token_directions_name_the_moving_tokens_only():
-    tokens = np.array([0, 1, 2, 2]).reshape(1, 1, 1, 4).repeat(4, axis=0)
-    directions = token_directions(tokens, np.arange(4))
-    assert directions.reshape(4, 4).tolist() == [[0, 0, d, d] for d in (1, 2, 3, 4)]
-    assert token_directions(tokens[0], 3).ravel().tolist() == [0, 0, 4, 4]
-
-
-def test_masks_that_do_not_divide_into_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"8 frames, 32x32.*tubelets of 3"):
-        token_labels(np.zeros((8, 32, 32), np.uint8), patch_size=8, tubelet_size=3)
+    np.testing.assert_array_equal(unpack_masks(json.loads(json.dumps(pack_masks(masks)))), masks)

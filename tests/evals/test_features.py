@@ -20,6 +20,7 @@ from evals.features import (
 from evals.run import default_sources
 from vjepa.batch import normalise
 from vjepa.nn.encoder import Encoder
+from vjepa.registry import create_encoder
 
 
 def tiny_encoder(seed: int = 0) -> Encoder:
@@ -62,11 +63,14 @@ def test_the_untrained_encoder_is_the_architecture_at_its_initialisation() -> No
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.1)
-    sources = {source.name: source for source in default_sources(trained, untrained_seed=3)}
+    sources = {source.name: source for source in default_sources(trained, seed=3)}
     assert list(sources) == ["trained", "untrained", "rgb", "rgb_difference"]
     clips = random_clips()
     assert torch.equal(sources["untrained"].tokens(clips), extract(tiny_encoder(seed=3), clips))
     assert torch.equal(sources["trained"].tokens(clips), extract(trained, clips))
+    wider = {source.name: source for source in default_sources(trained, seed=3, init_std=0.05)}
+    expected = create_encoder(trained.config, seed=3, weight_std=0.05)
+    assert torch.equal(wider["untrained"].tokens(clips), extract(expected, clips))
 
 
 # ------------------------------------------------------------------------------------------------------- the pixels

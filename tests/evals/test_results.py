@@ -13,11 +13,15 @@ from evals.results import (
     ResultsError,
     ahead_of_trained,
     append_results,
+    curve,
     format_cell,
     merge_summary,
+    num_trainings,
+    print_curve,
     print_table,
     read_summary_rows,
     save,
+    summarise,
 )
 
 ROW = Row("primary", "motion", "linear", "accuracy", True, "trained", 0, 0.75)
@@ -47,6 +51,41 @@ def test_results_grow_and_the_summary_keeps_the_newest(tmp_path: Path) -> None:
     lines = (tmp_path / "evals" / "results.jsonl").read_text().splitlines()
     assert [Row(**json.loads(line)) for line in lines] == [ROW, untrained, again, early]
     assert read_summary_rows(tmp_path) == [again, untrained, early]
+
+
+def test_points_of_the_training_curve_never_mix_with_the_finished_stage(tmp_path: Path) -> None:
+    """`evals` of the summary is read by tools that average over a task and model."""
+    early = replace(ROW, step=10, value=0.25)
+    save(tmp_path, [ROW, early])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["evals"], summary["curve"]) == ([ROW.to_json()], [early.to_json()])
+    assert summarise([ROW, early]) == {"motion": {"trained": [0.75]}}
+    untrained = replace(ROW, model="untrained", value=0.125)
+    late = replace(ROW, step=20, value=0.5)
+    assert curve([ROW, late, early, untrained]) == {"motion": {0: [0.125], 10: [0.25], 20: [0.5], None: [0.75]}}
+    assert curve([ROW, untrained]) == {}
+
+
+def test_several_trainings_count_once_each() -> None:
+    """The spread of the table is that of the trainings, not of the probes on each."""
+    rows = [replace(ROW, training_seed=t, seed=p, value=t + p / 8) for t in (0, 1) for p in (0, 2)]
+    assert summarise(rows) == {"motion": {"trained": [0.125, 1.125]}}
+    assert num_trainings(rows) == 2
+    assert summarise(rows[:2]) == {"motion": {"trained": [0.0, 0.25]}}
+    points = [replace(row, step=5) for row in rows]
+    assert curve([*rows, *points])["motion"] == {5: [0.125, 1.125], None: [0.125, 1.125]}
+
+
+def test_the_curve_is_a_column_for_each_share_of_the_training() -> None:
+    out = io.StringIO()
+    rows = [ROW, replace(ROW, model="untrained", value=0.1), replace(ROW, step=10, value=0.2)]
+    print_curve(rows, total_steps=40, console=Console(file=out, width=20))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert ["task", "0", "%", "25", "%", "100", "%"] in lines
+    assert ["motion", "0.100", "0.200", "0.750"] in lines
+    out = io.StringIO()
+    print_curve(rows[:2], total_steps=40, console=Console(file=out))
+    assert not out.getvalue()
 
 
 def test_the_rest_of_a_summary_stays_as_it_is(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """The report shows what a run left behind, says what is missing, and is one file that needs nothing else."""
 
+import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ from PIL import Image
 
 from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.prepare.synthetic import make_debug_shards
+from evals.protocol import Row
+from evals.results import merge_summary
 from launch.config import RunConfig
-from launch.report import ReportError, build_report, main
-from launch.report_figures import DIAGNOSTICS, diagnostics_figure, loss_figure, series, smoothed
+from launch.report import build_report, main
+from launch.report_figures import DIAGNOSTICS, diagnostics_figure, learning_figure, loss_figure, series, smoothed
+from launch.report_pictures import NUM_CLIPS
+from launch.report_run import ReportError
 from vjepa import hub
 from vjepa.config import ModelConfig, PredictorSettings, build_models, to_yaml
 from vjepa.train.config import TrainConfig
@@ -88,7 +94,7 @@ def test_a_finished_run_gives_a_page_that_needs_nothing_else(tmp_path: Path, sha
         "diagnostics.png",
         "throughput.png",
         "schedules.png",
-        *(f"pca_{i}.png" for i in range(3)),
+        *(f"pca_{i}.png" for i in range(NUM_CLIPS)),
     }
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert len(sources) == len(names)
@@ -147,6 +153,187 @@ def test_text_from_outside_is_escaped(tmp_path: Path, shards: Path) -> None:
     run = make_run(tmp_path / "run", run_config(tmp_path / "run", shards), rows()[:30], finished=False)
     (run / "command.txt").write_text("<script>alert(1)</script>\n")
     assert "<script" not in build_report(run).read_text()
+
+
+ROW = Row("primary", "motion", "linear", "accuracy", True, "trained", 0, 0.0)
+
+
+def measured(task: str, model: str, *values: float, **fields: Any) -> list[Row]:
+    """A row for each value, which are those of probe seeds 0, 1, ..."""
+    return [replace(ROW, task=task, model=model, seed=i, value=value, **fields) for i, value in enumerate(values)]
+
+
+def report_of(run_dir: Path, shards: Path, evals: list[Row]) -> str:
+    """The page of an unfinished run with these evaluations: no encoder, no pictures of features."""
+    run = make_run(run_dir, run_config(run_dir, shards), rows()[:30], finished=False)
+    merge_summary(run, evals)
+    return build_report(run).read_text()
+
+
+def result_lines(html: str) -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    """Task -> class of its line in the table of evaluations, and class and text of each value."""
+    found = {}
+    for table in re.findall(r'<table class="results">.*?</table>', html):
+        for kind, task, cells in re.findall(r'<tr(?: class="(\w+)")?><td>(\w+)(.*?)</tr>', table):
+            found[task] = (kind, re.findall(r'<td class="(value[^"]*)">([^<]*)</td>', cells))
+    return found
+
+
+def test_the_table_has_a_line_per_task_with_mean_and_deviation_and_the_best_in_bold(
+    tmp_path: Path, shards: Path
+) -> None:
+    evals = [
+        *measured("motion", "rgb", 0.2, 0.3),
+        *measured("motion", "trained", 0.9, 0.8, 1.0),
+        *measured("motion", "trained", 0.1, 0.1, step=100),
+        *measured("motion", "untrained", 0.5),
+    ]
+    html = report_of(tmp_path / "run", shards, evals)
+    assert re.findall("<th>(.*?)</th>", html)[:5] == ["task", "metric", "trained", "untrained", "rgb"]
+    values = [("value best", "0.900 ± 0.100"), ("value", "0.500"), ("value", "0.250 ± 0.071")]
+    assert result_lines(html) == {"motion": ("", values)}
+    assert "over probe seeds 0, 1, 2 of one training" in html
+    assert "not ahead of" not in html
+
+
+def test_lines_in_which_a_reference_is_as_good_are_marked_and_name_it(tmp_path: Path, shards: Path) -> None:
+    evals = [
+        *measured("motion", "trained", 0.5),
+        *measured("motion", "untrained", 0.25),
+        *measured("motion", "rgb", 0.5),
+        *measured("segmentation", "trained", 0.5),
+        *measured("segmentation", "untrained", 0.75),
+        *measured("segmentation", "rgb", 0.625),
+        *measured("depth", "trained", 0.25, higher_is_better=False),
+        *measured("depth", "untrained", 0.5, higher_is_better=False),
+    ]
+    html = report_of(tmp_path / "run", shards, evals)
+    assert result_lines(html) == {
+        "motion": ("behind", [("value best", "0.500"), ("value", "0.250"), ("value best ahead", "0.500")]),
+        "segmentation": ("behind", [("value", "0.500"), ("value best ahead", "0.750"), ("value ahead", "0.625")]),
+        "depth": ("", [("value best", "0.250"), ("value", "0.500"), ("value", "")]),
+    }
+    assert re.findall("trained is not ahead of ([^<]*)<", html) == ["rgb", "untrained, rgb"]
+
+
+def test_several_trainings_count_once_each(tmp_path: Path, shards: Path) -> None:
+    """Means of the trainings: 0.5 and 0.7; the probe seeds within each differ by far less."""
+    evals = [
+        *measured("motion", "trained", 0.49, 0.51, training_seed=0),
+        *measured("motion", "trained", 0.69, 0.71, training_seed=1),
+        *measured("motion", "rgb", 0.2, 0.4),
+    ]
+    html = report_of(tmp_path / "run", shards, evals)
+    assert result_lines(html)["motion"][1] == [("value best", "0.600 ± 0.141"), ("value", "0.300 ± 0.141")]
+    assert "over 2 trainings, for each of which the mean over its probe seeds is taken first" in html
+    assert "(rgb: over probe seeds, no training changes them)" in html
+
+
+def test_stages_have_a_table_each(tmp_path: Path, shards: Path) -> None:
+    evals = [*measured("motion", "trained", 0.5), *measured("class", "trained", 0.75, stage="cooldown")]
+    html = report_of(tmp_path / "run", shards, evals)
+    assert re.findall("<h3>(.*?)</h3>", html) == ["primary", "cooldown"]
+    assert {task: values for task, (_, values) in result_lines(html).items()} == {
+        "motion": [("value best", "0.500")],
+        "class": [("value best", "0.750")],
+    }
+
+
+def test_the_learning_curve_runs_from_the_untrained_to_the_finished_encoder(tmp_path: Path, shards: Path) -> None:
+    evals = [
+        *measured("motion", "trained", 0.8, 1.0),
+        *measured("motion", "untrained", 0.25),
+        *measured("motion", "rgb", 0.3),
+        *measured("motion", "trained", 0.6, step=100),
+    ]
+    assert "No checkpoint on the way was evaluated" in report_of(tmp_path / "none", shards, evals[:-1])
+    assert not (tmp_path / "none" / "report" / "learning.png").exists()
+    html = report_of(tmp_path / "run", shards, evals)
+    assert "No checkpoint on the way was evaluated" not in html
+    png = base64.b64encode((tmp_path / "run" / "report" / "learning.png").read_bytes()).decode()
+    assert png in html
+
+
+def test_the_learning_figure_has_a_panel_per_task_with_means_and_the_pixels_dashed() -> None:
+    curves = {"motion": {0: [0.25], 1500: [0.8, 1.0], 375: [0.5, 0.7]}, "class": {0: [0.1], 375: [0.2]}}
+    figure = learning_figure(curves, {"motion": 0.3}, {"motion": "accuracy", "class": "accuracy"})
+    assert figure is not None
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["motion (accuracy)", "class (accuracy)"]
+    trained, rgb = figure.axes[0].get_lines()
+    assert np.asarray(trained.get_xydata()) == pytest.approx(np.array([(0, 0.25), (375, 0.6), (1500, 0.9)]))
+    assert trained.get_marker() == "o"
+    assert (rgb.get_linestyle(), list(np.asarray(rgb.get_ydata()))) == ("--", [0.3, 0.3])
+    (band,) = figure.axes[0].collections
+    assert np.asarray(band.get_paths()[0].vertices)[:, 1].max() == pytest.approx(0.9 + 0.2 / 2**0.5)
+    assert len(figure.axes[1].get_lines()) == 1, "no pixels were measured"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["trained", "rgb"]
+    assert learning_figure({}, {}, {}) is None
+
+
+def test_the_end_of_the_learning_curve_is_the_last_step_of_the_training(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("launch.report.learning_figure", lambda *arguments: seen.append(arguments))
+    evals = [
+        *measured("motion", "trained", 0.8),
+        *measured("motion", "trained", 0.6, step=100),
+        *measured("motion", "trained", 0.7, step=100, stage="cooldown"),
+        *measured("motion", "untrained", 0.25),
+        *measured("motion", "rgb", 0.2, 0.4),
+        *measured("class", "trained", 0.5),
+        *measured("class", "trained", 0.5, step=100),
+    ]
+    report_of(tmp_path / "run", shards, evals)
+    ((curves, references, _),) = seen
+    assert curves == {"motion": {0: [0.25], 100: [0.6], STEPS: [0.8]}}, "chosen tasks of this stage"
+    assert references == {"motion": pytest.approx(0.3)}
+
+
+def test_pictures_of_evaluations_are_embedded_under_their_names(tmp_path: Path, shards: Path) -> None:
+    run = make_run(tmp_path / "run", run_config(tmp_path / "run", shards), rows()[:30], finished=False)
+    (run / "evals").mkdir()
+    Image.new("RGB", (3, 2), "red").save(run / "evals" / "predicted_masks.png")
+    html = build_report(run).read_text()
+    url = "data:image/png;base64," + base64.b64encode((run / "evals" / "predicted_masks.png").read_bytes()).decode()
+    assert f'<figcaption>predicted masks</figcaption><img src="{url}" alt="predicted masks">' in html
+
+
+def test_the_page_goes_from_what_was_learned_to_how(tmp_path: Path, shards: Path) -> None:
+    run = make_run(tmp_path / "run", run_config(tmp_path / "run", shards), rows()[:30], finished=False)
+    merge_summary(run, measured("motion", "trained", 0.5))
+    (run / "evals").mkdir()
+    Image.new("RGB", (3, 2)).save(run / "evals" / "predicted_masks.png")
+    assert re.findall("<h2>(.*?)</h2>", build_report(run).read_text()) == [
+        "No collapse alarm",
+        "Evaluation",
+        "Learning curve",
+        "Predictions",
+        "Loss",
+        "Health",
+        "What the encoder sees",
+        "How to read this",
+        "Throughput",
+        "Schedules",
+        "What it ran on",
+        "Configuration",
+    ]
+
+
+def test_a_run_that_was_not_evaluated_says_so(tmp_path: Path, shards: Path) -> None:
+    html = report_of(tmp_path / "run", shards, [])
+    assert "has not been evaluated: python -m launch.evaluate RUN" in html
+    assert "Learning curve" not in html
+
+
+def test_a_model_with_absolute_positions_is_shown_clips_of_the_size_it_was_trained_on(
+    tmp_path: Path, shards: Path
+) -> None:
+    for name, position, size in (("free", 0.0, 256), ("fixed", 2.0, 64)):
+        config = run_config(tmp_path / name, shards)
+        config.model.absolute_position = position
+        html = build_report(make_run(tmp_path / name, config, rows()[:30])).read_text()
+        assert len(re.findall(rf"at {size} px \(trained at 64\)</figcaption>", html)) == NUM_CLIPS
 
 
 def test_curves_are_the_logged_values() -> None:

@@ -12,6 +12,7 @@ import vjepa
 from vjepa.nn.encoder import Encoder, View, default_levels
 from vjepa.nn.layers import Block
 from vjepa.nn.predictor import PredictorConfig, Query
+from vjepa.nn.rope import sincos_table
 from vjepa.registry import create_predictor
 
 CLIP = (2, 3, 4, 64, 48)  # grid (2, 4, 3): 24 tokens
@@ -226,7 +227,7 @@ def test_predictor_queries_in_one_pass_equal_each_alone() -> None:
 def test_absolute_position_tells_places_apart_that_relative_ones_do_not() -> None:
     from vjepa.registry import create_encoder, model_config
 
-    config = model_config("vit_debug", absolute_position=True)
+    config = model_config("vit_debug", absolute_position=1.0)
     encoder = create_encoder(config)
     same = torch.ones(1, 3, 2, 16, 16)
     rope_only = vjepa.create_model("vit_debug")
@@ -236,6 +237,22 @@ def test_absolute_position_tells_places_apart_that_relative_ones_do_not() -> Non
     assert torch.equal(rope_only(clip, context=one_place), rope_only(clip, context=another))
     assert not torch.allclose(encoder(clip, context=one_place), encoder(clip, context=another), atol=1e-3)
     assert encoder.state_dict().keys() == rope_only.state_dict().keys(), "positions are fixed, not learned"
+
+
+def test_absolute_position_is_added_to_every_token_of_the_predictor() -> None:
+    """Context and mask tokens alike, at their own places and with the model's strength and base."""
+    from vjepa.config import ModelConfig, PredictorSettings, build_models
+
+    def sequence(strength: float) -> Tensor:
+        model = ModelConfig("vit_debug", absolute_position=strength, absolute_position_base=10.0)
+        encoder, predictor = build_models(model, PredictorSettings(embed_dim=48, depth=1, num_heads=3), seed=0)
+        tokens = torch.zeros(1, 2, predictor.config.num_levels * encoder.embed_dim)
+        return predictor._sequence(torch.ones(1, 2, 48), Query(tokens, context, masked, (2, 4, 4), "video"))
+
+    context, masked = torch.tensor([[0, 9]]), torch.tensor([[31, 4, 5]])
+    table = sincos_table((2, 4, 4), 48, 10.0, torch.device("cpu"))
+    assert len(torch.unique(table, dim=0)) == 32, "every place has its own"
+    torch.testing.assert_close(sequence(3.0) - sequence(0.0), 3.0 * table[[0, 9, 31, 4, 5]][None])
 
 
 def test_initial_weights_have_the_spread_that_is_asked_for() -> None:

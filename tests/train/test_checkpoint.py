@@ -84,6 +84,23 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
         load(path, state(0.0, size=9))
 
 
+def test_a_module_is_loaded_from_the_part_that_holds_it(tmp_path: Path) -> None:
+    """Evaluations of a run's checkpoints need neither its optimizer nor its predictor."""
+    trained, fresh = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    stored = {f"target.encoder.{name}": tensor for name, tensor in trained.state_dict().items()}
+    path = checkpoint.save(tmp_path, 3, {"model": stored | {"other": torch.zeros(5)}}, {}, ALONE, keep=1)
+    checkpoint.load_module(path, fresh, "target.encoder")
+    assert torch.equal(fresh.weight, trained.weight)
+    assert torch.equal(fresh.bias, trained.bias)
+    with pytest.raises(CheckpointError, match=r"has no model\.encoder\.bias \(2 missing in all\)"):
+        checkpoint.load_module(path, fresh, "encoder")
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        checkpoint.load_module(path, torch.nn.Linear(4, 2), "target.encoder")
+    (path / "dcp" / ".metadata").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.load_module(path, fresh, "target.encoder")
+
+
 def test_the_newest_keep_checkpoints_stay(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         save(tmp_path, step, keep=2)

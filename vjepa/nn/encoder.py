@@ -33,7 +33,8 @@ class EncoderConfig:
     rope: RopeLayout = "interleaved"
     rope_base: float = BASE  # longest wavelength over 2 pi; smaller for grids of a few tokens
     interpolate_rope: bool = True  # scale rows and columns to the 16-wide reference grid
-    absolute_position: bool = False  # add fixed sines and cosines of the position to the tokens (not in V-JEPA 2.1)
+    absolute_position: float = 0.0  # add fixed sines and cosines of the position, times this (not in V-JEPA 2.1)
+    absolute_position_base: float = BASE  # of their frequencies
     image_tokenizer: bool = True
     modality_embed: bool = True
 
@@ -176,8 +177,9 @@ class Encoder(nn.Module):
         for view in views:
             tokens = self.tokenizer(view.clips)
             if self.config.absolute_position:
-                position = sincos_table(self.grid(view.clips), self.embed_dim, tokens.device)
-                tokens = tokens + position.to(tokens.dtype)
+                grid, base = self.grid(view.clips), self.config.absolute_position_base
+                position = sincos_table(grid, self.embed_dim, base, tokens.device)
+                tokens = tokens + (self.config.absolute_position * position).to(tokens.dtype)
             table = self._table(self.grid(view.clips), tokens.device)
             for indices in view.contexts:
                 groups.append(tokens if indices is None else take_tokens(tokens, indices))

@@ -15,7 +15,7 @@ from vjepa.batch import MODALITIES, Grid, Modality
 from vjepa.nn.attention import BackendName
 from vjepa.nn.gather import gather_table, pack, unpack
 from vjepa.nn.layers import LAYER_NORM_EPS, Block
-from vjepa.nn.rope import BASE, RopeLayout, RopeTable, grid_table
+from vjepa.nn.rope import BASE, RopeLayout, RopeTable, grid_table, sincos_table
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class PredictorConfig:
     rope: RopeLayout = "interleaved"
     rope_base: float = BASE
     interpolate_rope: bool = True
+    absolute_position: float = 0.0  # add fixed sines and cosines of the position, times this (not in V-JEPA 2.1)
+    absolute_position_base: float = BASE  # of their frequencies
     modality_embed: bool = True
     context_head: bool = True  # the second head, for visible tokens
     mask_token_std: float = 0.0  # the reference starts mask tokens at zero
@@ -96,12 +98,16 @@ class Predictor(nn.Module):
         return list(zip(predicted, visible, strict=True))
 
     def _sequence(self, embedded: Tensor, query: Query) -> Tensor:
-        """Embedded context [B, K, P] -> context and mask tokens [B, K + M, P], modality embedding added."""
+        """Embedded context [B, K, P] -> context and mask tokens [B, K + M, P], with modality and place added."""
         count, masked = query.masked.shape
         mask_tokens = self.mask_tokens[query.modality].to(embedded.dtype).expand(count, masked, -1)
         tokens = torch.cat((embedded, mask_tokens), dim=1)
         if self.config.modality_embed:
             tokens = tokens + self.modality_embeds[query.modality].to(tokens.dtype)
+        if self.config.absolute_position:
+            table = sincos_table(query.grid, self.config.embed_dim, self.config.absolute_position_base, tokens.device)
+            places = torch.cat((query.context, query.masked), dim=1)
+            tokens = tokens + (self.config.absolute_position * table[places]).to(tokens.dtype)
         return tokens
 
     def _table(self, query: Query) -> RopeTable:

@@ -80,15 +80,16 @@ def grid_table(
 
 
 @functools.lru_cache(maxsize=32)
-def sincos_table(grid: Grid, dim: int, device: torch.device) -> Tensor:
+def sincos_table(grid: Grid, dim: int, base: float, device: torch.device) -> Tensor:
     """Fixed absolute positions of all tokens of a grid, [N, dim] fp32: sines and cosines of time, row and column.
 
-    Each axis has a third of the channels, rounded down to an even number; the rest stays 0. Positions are not scaled.
+    Each axis has a third of the channels, rounded down to an even number; the rest stays 0. Positions are not scaled;
+    `base` is that of the frequencies, as in RoPE.
     """
     with torch.inference_mode(False), torch.no_grad():
         positions = grid_positions(grid, interpolate=False, device=device)  # [N, 3]
         frequencies = dim // 3 // 2
-        omega = BASE ** -(torch.arange(frequencies, device=device, dtype=torch.float32) / max(1, frequencies))
+        omega = base ** -(torch.arange(frequencies, device=device, dtype=torch.float32) / max(1, frequencies))
         angles = positions[:, :, None] * omega  # [N, 3, frequencies]
         table = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
         return torch.nn.functional.pad(table, (0, dim - table.shape[1]))

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -157,12 +158,7 @@ def _retire(root: Path, keep: int) -> None:
 
 def load(path: Path, state: dict[str, Any], world: World) -> dict[str, Any]:
     """Verify the checkpoint and load it into `state` in place, collectively; returns its meta."""
-    problem = world.on_main(lambda: _verify(path))
-    if problem:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: {problem}. Move it away and start again with --resume to go on from the "
-            "one before it."
-        )
+    _refuse_damaged(path, world.on_main(lambda: _verify(path)))
     reader = FileSystemReader(path / "dcp")
     _compare_keys(path, state, reader)
     try:
@@ -171,6 +167,21 @@ def load(path: Path, state: dict[str, Any], world: World) -> dict[str, Any]:
     except CheckpointException as error:
         raise CheckpointError(f"checkpoint {path} does not fit this run: {_root_cause(error)}") from error
     return read_meta(path)
+
+
+def load_module(path: Path, module: nn.Module, prefix: str) -> None:
+    """Verify the checkpoint and load the parameters of `module`, stored as model.PREFIX.*, into it; one process."""
+    _refuse_damaged(path, _verify(path))
+    reader = FileSystemReader(path / "dcp")
+    state = {"model": {f"{prefix}.{name}": tensor.detach() for name, tensor in module.state_dict().items()}}
+    missing = sorted(set(_flatten(state)) - set(reader.read_metadata().state_dict_metadata))
+    if missing:
+        raise CheckpointError(f"checkpoint {path} has no {missing[0]} ({len(missing)} missing in all)")
+    try:
+        with _without_single_process_warning():
+            state_dict_loader.load(state, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise CheckpointError(f"checkpoint {path} does not fit the model: {_root_cause(error)}") from error
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -188,6 +199,14 @@ def _verify(path: Path) -> str | None:
         if _sha256(path / name) != digest:
             return f"{name} does not have the content that was written"
     return None
+
+
+def _refuse_damaged(path: Path, problem: str | None) -> None:
+    if problem:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {problem}. Move it away and start again with --resume to go on from the "
+            "one before it."
+        )
 
 
 def _compare_keys(path: Path, state: Mapping[str, Any], reader: FileSystemReader) -> None:

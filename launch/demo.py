@@ -1,0 +1,117 @@
+"""`make demo`: data, the primary stage, evaluations, report; with --seeds N, N trainings in one table.
+
+    python -m launch.demo [--seeds N] [--run-dir runs/demo] [--jobs N] [key=value ...]
+
+The first training lies in RUN_DIR, the others beside it as RUN_DIR-seed1, RUN_DIR-seed2, ... What lay there before is
+moved aside, never removed. Nothing here that the commands it runs cannot do one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from launch.config import load_config
+from launch.evaluate import evaluate
+from launch.prepare import prepare_data
+from launch.report import build_report
+from vjepa.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE, STAGE = "demo", "primary"
+
+
+def run_demo(run_dir: Path, *, seeds: int, jobs: int, overrides: Sequence[str] = ()) -> int:
+    """All of it; 0, or the exit status of the first training that failed or was stopped."""
+    begin = time.monotonic()
+    config = load_config(RECIPE, STAGE, overrides)
+    for field in ("run_dir", "train.seed", "report"):
+        if any(override.startswith(f"{field}=") for override in overrides):
+            raise ConfigError(f"the demo sets {field} itself: use --run-dir and --seeds")
+    runs = [run_dir if seed == 0 else run_dir.with_name(f"{run_dir.name}-seed{seed}") for seed in range(seeds)]
+    for run in runs:
+        _move_aside(run)
+    prepare_data(config)
+    took = {"data": time.monotonic() - begin}
+    if status := _train(runs, jobs, overrides):
+        return status
+    took["training"] = time.monotonic() - begin - sum(took.values())
+    evaluate(runs, jobs=jobs)
+    took["evaluations"] = time.monotonic() - begin - sum(took.values())
+    print(f"report: {build_report(run_dir)}")
+    took["report"] = time.monotonic() - begin - sum(took.values())
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items())
+    print(f"demo: {time.monotonic() - begin:.0f} s in all ({parts})")
+    return 0
+
+
+def _move_aside(run: Path) -> None:
+    if run.exists():
+        old = run.with_name(f"{run.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+        run.rename(old)
+        print(f"demo: moved the earlier {run} to {old}", flush=True)
+
+
+def _train(runs: Sequence[Path], jobs: int, overrides: Sequence[str]) -> int:
+    """One process for each training, `jobs` at a time; a failure or a signal ends those that run and starts no more."""
+    stopped = threading.Event()
+    running: set[subprocess.Popen[str]] = set()
+
+    def stop(signum: int, _frame: object) -> None:
+        stopped.set()
+        for process in list(running):
+            process.send_signal(signum)
+
+    def train(seed: int) -> int:
+        if stopped.is_set():
+            return 128 + signal.SIGINT
+        command = [sys.executable, str(ROOT / "launch" / "submit.py"), "--recipe", RECIPE, "--stage", STAGE]
+        command += [f"run_dir={runs[seed]}", f"train.seed={seed}", "report=false", f"--owner={os.getpid()}", *overrides]
+        prefix = f"seed {seed} | " if len(runs) > 1 else ""
+        # A session of its own: Ctrl-C reaches it once, by `stop`; a second one would kill it before it has saved.
+        pipe = subprocess.PIPE if prefix else None
+        process = subprocess.Popen(command, cwd=Path.cwd(), stdout=pipe, text=True, start_new_session=True)
+        running.add(process)
+        for line in process.stdout or ():
+            print(prefix + line, end="", flush=True)
+        status = process.wait()
+        running.discard(process)
+        if status:
+            stop(signal.SIGTERM, None)
+        return status
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            return next((status for status in pool.map(train, range(len(runs))) if status), 0)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=1, help="trainings, with seeds 0, 1, ... (default: 1)")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (default: cores)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+    options = parser.parse_args(arguments)
+    if min(options.seeds, options.jobs) < 1:
+        parser.error("--seeds and --jobs must be at least 1")
+    try:
+        return run_demo(options.run_dir, seeds=options.seeds, jobs=options.jobs, overrides=options.overrides)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

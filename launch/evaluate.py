@@ -1,0 +1,218 @@
+"""From finished runs to the table: the suites of their recipe on the frozen encoder, its references, and on the way.
+
+    python -m launch.evaluate RUN [RUN ...] [--jobs N]
+
+Rows go to RUN/evals/results.jsonl and RUN/summary.json of the first run, and into its report. Several runs are
+trainings of one recipe with different seeds: the table has their spread. Checkpoints that are there give the curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evals.datasets import LabelledClips
+from evals.features import EncoderFeatures, FeatureSource, PixelFeatures, read_features
+from evals.protocol import RGB, RGB_DIFFERENCE, TRAINED, UNTRAINED, EvalConfig, Row
+from evals.results import RESULTS, print_curve, print_table, save
+from evals.run import read_splits, run_suite
+from evals.suites import SUITES
+from evals.tasks import segmentation
+from evals.visualize import masks_figure
+from launch.config import RunConfig, SuiteConfig, load_for_resume
+from launch.report import build_report
+from vjepa.config import build_models
+from vjepa.hub import from_pretrained
+from vjepa.nn.encoder import Encoder
+from vjepa.train import checkpoint
+from vjepa.train.run_dir import RunDir
+
+NUM_PICTURED = 4  # clips in the picture of predicted masks
+TARGET = "target.encoder"  # where a checkpoint keeps what is exported
+
+
+class EvaluationError(ValueError):
+    """Runs that cannot be evaluated; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set of features to be asked all questions of a suite."""
+
+    run: Path
+    suite: str
+    model: str
+    step: int | None = None
+
+    def __str__(self) -> str:
+        of = "" if self.model in (RGB, RGB_DIFFERENCE) else f" of {self.run}"
+        return f"{self.model}{of}" + ("" if self.step is None else f" at step {self.step}")
+
+
+def evaluate(runs: Sequence[Path], *, jobs: int = 1) -> list[Row]:
+    """All suites of the runs' recipe, `jobs` feature sets at a time; rows are saved with the first run and printed."""
+    configs = [read_config(run) for run in runs]
+    _refuse_different(runs, configs)
+    rows: list[Row] = []
+    for suite, settings in configs[0].suites().items():
+        begin = time.monotonic()
+        found = _run_all(list(_jobs(suite, runs, configs)), jobs)
+        save(runs[0], found)
+        _picture(runs[0], configs[0], suite)
+        train, test = _splits(suite, settings.data, *_cut(configs[0]))
+        title = f"{suite}: probes on {len(train)} clips, {len(test)} test clips, {time.monotonic() - begin:.0f} s"
+        print_table(found, title=title)
+        print_curve(found, total_steps=configs[0].train.steps)
+        rows += found
+    return rows
+
+
+def read_config(run: Path) -> RunConfig:
+    """The configuration of a finished run."""
+    stored = RunDir(run).config
+    if not stored.is_file():
+        raise EvaluationError(f"{stored} does not exist: give the directory of a run")
+    config = load_for_resume(stored, [])
+    if not (run / "exports" / config.stage / "config.json").is_file():
+        raise EvaluationError(f"{run} has no exports/{config.stage}: train it to its end first (--resume)")
+    if not config.suites():
+        raise EvaluationError(
+            f"{stored} names no evaluation: add evals.SUITE.data=FOLDER ({', '.join(sorted(SUITES))})"
+        )
+    return config
+
+
+def _refuse_different(runs: Sequence[Path], configs: Sequence[RunConfig]) -> None:
+    """Several runs share a table only as trainings of the same recipe with different seeds."""
+    seeds = [config.train.seed for config in configs]
+    if len(set(seeds)) < len(seeds):
+        raise EvaluationError(f"{', '.join(map(str, runs))}: seeds {seeds} repeat; a table has one run for each")
+    for run, config in zip(runs, configs, strict=True):
+        if (config.recipe, config.stage, config.evals) != (configs[0].recipe, configs[0].stage, configs[0].evals):
+            raise EvaluationError(f"{run} and {runs[0]} differ in recipe, stage or evals: evaluate them apart")
+
+
+def _jobs(suite: str, runs: Sequence[Path], configs: Sequence[RunConfig]) -> Iterator[Job]:
+    """Long ones first: the pixels, which no training changes, once; then every run's encoder, untrained to trained."""
+    yield Job(runs[0], suite, RGB_DIFFERENCE)
+    yield Job(runs[0], suite, RGB)
+    for run, config in zip(runs, configs, strict=True):
+        yield Job(run, suite, TRAINED)
+        yield Job(run, suite, UNTRAINED)
+        for step, _ in checkpoint.committed(RunDir(run).checkpoints):
+            if step < config.train.steps:
+                yield Job(run, suite, TRAINED, step)
+
+
+def _run_all(jobs: Sequence[Job], at_once: int) -> list[Row]:
+    """The rows of all jobs, in the order of the table's columns."""
+    scored: list[list[Row]] = []
+    if at_once == 1:
+        scored = [_announce(job, _score(job)) for job in jobs]
+    else:
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        with ProcessPoolExecutor(min(at_once, len(jobs)), mp_context=context) as pool:
+            scored = [_announce(job, rows) for job, rows in zip(jobs, pool.map(_score, jobs), strict=True)]
+    return [row for rows in scored for row in rows]
+
+
+def _announce(job: Job, rows: list[Row]) -> list[Row]:
+    print(f"evaluated {job}", flush=True)
+    return rows
+
+
+def _score(job: Job) -> list[Row]:
+    """One job's rows; the labelled clips stay in the process for the next job."""
+    config = read_config(job.run)
+    torch.set_num_threads(config.train.threads)
+    settings = config.suites()[job.suite]
+    train, test = _splits(job.suite, settings.data, *_cut(config))
+    return run_suite(
+        SUITES[job.suite],
+        [_source(job, config)],
+        train,
+        test,
+        _eval_config(settings),
+        stage=config.stage,
+        step=job.step,
+        training_seed=config.train.seed,
+    )
+
+
+def _eval_config(settings: SuiteConfig) -> EvalConfig:
+    return EvalConfig(seeds=tuple(range(settings.seeds)))
+
+
+def _cut(config: RunConfig) -> tuple[int, int]:
+    """Patch and tubelet size."""
+    encoder = config.model.encoder_config()
+    return encoder.patch_size, encoder.tubelet_size
+
+
+@functools.lru_cache(maxsize=2)
+def _splits(suite: str, data: str, patch_size: int, tubelet_size: int) -> tuple[LabelledClips, LabelledClips]:
+    return read_splits(SUITES[suite], data, patch_size=patch_size, tubelet_size=tubelet_size)
+
+
+def _source(job: Job, config: RunConfig) -> FeatureSource:
+    if job.model in (RGB, RGB_DIFFERENCE):
+        return PixelFeatures(*_cut(config), difference=job.model == RGB_DIFFERENCE)
+    return EncoderFeatures(job.model, _encoder(job, config))
+
+
+def _encoder(job: Job, config: RunConfig) -> Encoder:
+    """The exported encoder, the one the run started from, or the target of one of its checkpoints."""
+    if job.model == TRAINED and job.step is None:
+        return from_pretrained(job.run / "exports" / config.stage)
+    encoder, _ = build_models(config.model, config.predictor, seed=config.train.seed)
+    if job.step is not None:
+        path = checkpoint.checkpoint_path(RunDir(job.run).checkpoints, job.step)
+        checkpoint.load_module(path, encoder, TARGET)
+    return encoder
+
+
+def _picture(run: Path, config: RunConfig, name: str) -> None:
+    """RUN/evals/SUITE_predicted_masks.png: what the segmentation probe says of a few test clips."""
+    suite, settings = SUITES[name], config.suites()[name]
+    task = next((task for task in suite.tasks if task.kind == "segmentation"), None)
+    if task is None:
+        return
+    train, test = _splits(name, settings.data, *_cut(config))
+    shown = LabelledClips(
+        test.clips[:NUM_PICTURED],
+        {label: values[:NUM_PICTURED] for label, values in test.labels.items()},
+        test.keys[:NUM_PICTURED],
+    )
+    predicted = {}
+    for model in (TRAINED, UNTRAINED, RGB):
+        source = _source(Job(run, name, model), config)
+        fitted_on, asked = (read_features(source, part, ["tokens"]) for part in (train, shown))
+        predicted[model] = segmentation.predict(task, fitted_on, asked, _eval_config(settings), seed=0)
+    figure = masks_figure(shown.clips, shown.labels[task.label], predicted, task.classes)
+    figure.savefig(run / RESULTS.parent / f"{name}_predicted_masks.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a finished run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="feature sets at a time (default: cores)")
+    options = parser.parse_args(arguments)
+    try:
+        evaluate(options.runs, jobs=options.jobs)
+        print(f"report: {build_report(options.runs[0])}")
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
