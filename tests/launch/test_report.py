@@ -102,7 +102,7 @@ def test_a_finished_run_gives_a_page_that_needs_nothing_else(tmp_path: Path, sha
     assert "<script" not in html
     for shown in ("my-run", "2 min 05 s", "<b>2</b><span>bad samples replaced", "abc123", "9.9", "No collapse alarm"):
         assert shown in html
-    assert len(re.findall("shapes / ", html)) == 6, "three clips, each named in caption and picture"
+    assert len(re.findall("shapes / ", html)) == 2 * NUM_CLIPS, "each clip is named in caption and picture"
 
 
 def test_pictures_hold_frames_and_both_encoders(tmp_path: Path, shards: Path) -> None:
