@@ -70,7 +70,7 @@ def read_splits(
 def score_source(
     suite: Suite, source: FeatureSource, train: LabelledClips, test: LabelledClips, config: EvalConfig
 ) -> list[Score]:
-    """The scores of one source; its features are read once for all tasks."""
+    """The scores of one source in the order of the suite's tasks; its features are read once for all of them."""
     readouts: dict[Readout, None] = dict.fromkeys(task.readout for task in suite.tasks)
     kinds: dict[Kind, None] = dict.fromkeys(task.kind for task in suite.tasks)
     train_set, test_set = (
@@ -80,7 +80,13 @@ def score_source(
     for kind in kinds:
         tasks = [task for task in suite.tasks if task.kind == kind]
         scores += EVALUATORS[kind](tasks, train_set, test_set, config)
-    return scores
+    return sorted(scores, key=lambda score: _place(suite, score))
+
+
+def _place(suite: Suite, score: Score) -> int:
+    """Which task of the suite a score belongs to: of those whose name it begins with, the longest."""
+    names = [task.name for task in suite.tasks]
+    return names.index(max((name for name in names if f"{score.task}_".startswith(f"{name}_")), key=len))
 
 
 def run_suite(

@@ -114,6 +114,8 @@ def test_a_source_that_knows_the_truth_is_scored_right(digits: Path) -> None:
     for task in ("segmentation", "direction_segmentation", "object_segmentation", "motion"):
         assert values[task] == 1.0, task
     assert values["class"] < 0.5, "the digit is not among its features"
+    order = [row.task for row in rows if row.task in {task.name for task in MOTION.tasks}]
+    assert order == [task.name for task in MOTION.tasks], "the table is in the suite's order"
     assert {(row.stage, row.model, row.step, row.training_seed) for row in rows} == {("primary", "truth", 7, 2)}
 
 
