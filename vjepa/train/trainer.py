@@ -94,7 +94,7 @@ class Trainer:
             micro_batch = next(stream)
             waited += time.perf_counter() - asked
             result = self._forward_backward(micro_batch, is_last=index == self.num_micro_batches - 1)
-            record.add(micro_batch, result.metrics)
+            record.add(micro_batch, result.metrics, flops=self.objective.flops(micro_batch))
         assert result is not None
         record.is_diagnostic = self._is_diagnostic_step()
         if record.is_diagnostic:
