@@ -15,17 +15,23 @@ from vjepa.config import ConfigError
 
 def prepare_data(config: RunConfig) -> None:
     """Make the shards of every source that `prepare` names where they are not there yet; on the main rank."""
-    for name, maker in config.prepare.items():
-        if maker == "none":
-            continue
-        folders = [Path(part.sources[name].path) for part in config.data.modalities().values() if name in part.sources]
-        if not folders or any(folder != folders[0] for folder in folders):
-            raise ConfigError(
-                f"prepare.{name}={maker} makes one shard folder, but the sources called {name} lie in "
-                f"{sorted(map(str, folders)) or 'none'}: give them one path, or set prepare.{name}=none"
-            )
-        if not (folders[0] / "manifest.json").is_file():
-            _MAKE[maker](folders[0])
+    wanted = {name: maker for name, maker in config.prepare.items() if maker != "none"}
+    folders = {name: _folder(config, name, maker) for name, maker in wanted.items()}
+    for name, maker in wanted.items():
+        if not (folders[name] / "manifest.json").is_file():
+            _MAKE[maker](folders[name])
+
+
+def _folder(config: RunConfig, name: str, maker: str) -> Path:
+    """The one shard folder of a source."""
+    parts = [part.sources for part in config.data.modalities().values()]
+    folders = {Path(sources[name].path) for sources in parts if name in sources}
+    if len(folders) != 1:
+        raise ConfigError(
+            f"prepare.{name}={maker} makes one shard folder, but the sources called {name} lie in "
+            f"{sorted(map(str, folders)) or 'none'}: give them one path, or set prepare.{name}=none"
+        )
+    return folders.pop()
 
 
 def make_real_shards(folder: Path) -> None:

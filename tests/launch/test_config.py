@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import load_config, load_for_resume, numbers_hash
+from launch import prepare
+from launch.config import MAKERS, load_config, load_for_resume, numbers_hash
 from launch.submit import main as submit
 from launch.train import main as train
+from tests.benchmarks.ablations import Variant, variants
 from vjepa.config import ConfigError, to_yaml
 
 SOURCES = ["data.video.sources.mine.path=/shards/video", "data.image.sources.mine.path=/shards/image"]
@@ -25,6 +27,9 @@ SOURCES = ["data.video.sources.mine.path=/shards/video", "data.image.sources.min
         (["--recipe", "debug", "trian.steps=3"], ["trian", "train"]),
         (["--recipe", "debug", "train.steps=many"], ["train.steps", "many"]),
         (["--recipe", "debug", "train.steps=0"], ["train.steps=0", "at least 1"]),
+        (["--recipe", "debug", "prepare.debug=shapes"], ["prepare.debug=shapes is unknown", "digits"]),
+        (["--recipe", "debug", "evals.movement.data=x"], ["evals.movement is unknown", "motion"]),
+        (["--recipe", "demo", "evals.motion.seeds=0"], ["seeds=0 must be at least 1"]),
         (["--recipe", "debug", "train.precision=fp8"], ["train.precision", "fp8"]),
         (["--recipe", "debug", "train.steps"], ["'train.steps' is no override", "key=value"]),
         (["--recipe", "debug", "=3"], ["'=3' is no override"]),
@@ -161,3 +166,25 @@ def test_the_big_recipes_can_start_on_8_and_on_128_gpus(recipe: str) -> None:
 @pytest.mark.parametrize(("alias", "recipe"), [("vitg16", "vit_giant"), ("vitG16", "vit_gigantic")])
 def test_the_papers_names_are_understood(alias: str, recipe: str) -> None:
     assert load_config(alias, "primary", SOURCES).recipe == recipe
+
+
+def test_every_maker_of_data_that_a_recipe_may_name_exists() -> None:
+    assert {"none", *prepare._MAKE} == set(MAKERS)
+
+
+def test_data_is_made_for_a_source_that_has_one_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prepare\.nobody=debug makes one shard folder.* called nobody lie in none"):
+        prepare.prepare_data(load_config("debug", "primary", [f"run_dir={tmp_path}", "prepare.nobody=debug"]))
+    elsewhere = f"data.image.sources.debug.path={tmp_path / 'elsewhere'}"
+    with pytest.raises(ConfigError, match="give them one path"):
+        prepare.prepare_data(load_config("debug", "primary", [f"run_dir={tmp_path}", elsewhere]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variant", variants(Path("out")), ids=lambda variant: variant.name)
+def test_every_ablation_is_a_configuration_that_differs_from_the_demo(variant: Variant) -> None:
+    options = [text.removeprefix("--option=") for text in variant.overrides if text.startswith("--option=")]
+    overrides = [text for text in variant.overrides if not text.startswith("--option=")]
+    config = load_config("demo", "primary", overrides, options=options)
+    config.check()
+    assert (config == load_config("demo", "primary")) == (variant.name == "reference")
