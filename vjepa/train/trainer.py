@@ -166,7 +166,7 @@ class Trainer:
         if found is not None:
             step, path = found
             state = self._state()
-            meta = checkpoint.load(path, state, self.world)
+            meta = checkpoint.load(path, state, self.world, is_verified=True)
             if meta["config_hash"] != self.config_hash and self.world.is_main:
                 log.warning(
                     "%s was written under another configuration: %s was edited since, or defaults in the code changed",
