@@ -21,6 +21,7 @@ from torch import Tensor
 from data_pipeline.loader import build_loader
 from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
+from launch.init_from import load_initial_weights
 from launch.prepare import prepare_data
 from vjepa.batch import MicroBatch
 from vjepa.config import ConfigError, build_models, to_yaml
@@ -45,6 +46,8 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
         batch = config.train.batch.as_dict()
         encoder, predictor = build_models(config.model, config.predictor, seed=config.train.seed, device=world.device)
         objective = JEPA(config.objective, encoder, predictor)
+        if config.init_from is not None and not resume:
+            say(world, f"starting from {load_initial_weights(objective, config.init_from)}")
         frozen = freeze_unused(objective, list(batch))
         trainer = Trainer(
             config.train,

@@ -171,10 +171,11 @@ def load(path: Path, state: dict[str, Any], world: World, *, is_verified: bool =
 
 
 def load_module(path: Path, module: nn.Module, prefix: str) -> None:
-    """Verify the checkpoint and load the parameters of `module`, stored as model.PREFIX.*, into it; one process."""
+    """Verify the checkpoint and load the parameters of `module`, stored as model.PREFIX.* or, for "", model.*."""
     _refuse_damaged(path, _verify(path))
     reader = FileSystemReader(path / "dcp")
-    state = {"model": {f"{prefix}.{name}": tensor.detach() for name, tensor in module.state_dict().items()}}
+    prefix = f"{prefix}." if prefix else ""
+    state = {"model": {f"{prefix}{name}": tensor.detach() for name, tensor in module.state_dict().items()}}
     missing = sorted(set(_flatten(state)) - set(reader.read_metadata().state_dict_metadata))
     if missing:
         raise CheckpointError(f"checkpoint {path} has no {missing[0]} ({len(missing)} missing in all)")
