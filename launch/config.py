@@ -37,6 +37,7 @@ FREE_ON_RESUME = (
     "train.log_every",
     "train.tensorboard",
     "train.checkpoint",
+    "train.parallel",
 )
 
 
@@ -60,6 +61,7 @@ class RunConfig:
     stage: str = ""  # set from the command line
     run_dir: str = "runs/${recipe}"  # where everything about the run goes
     prepare: dict[str, str] = field(default_factory=dict)  # SOURCE: who makes its shards where there are none yet
+    init_from: str | None = None  # new run from the weights of a run, an exported folder or a released .pt file
     report: bool = False  # write RUN/report/index.html at the end
     evals: dict[str, SuiteConfig | None] = field(default_factory=dict)  # SUITE for launch.evaluate; null drops one
     model: ModelConfig = field(default_factory=ModelConfig)

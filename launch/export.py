@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from launch.config import RunConfig
 from vjepa import hub
-from vjepa.nn.encoder import Encoder
+from vjepa.registry import create_encoder
 
 
-def export_run(run_dir: Path, config: RunConfig, encoder: Encoder) -> Path:
+def export_run(run_dir: Path, config: RunConfig, weights: Mapping[str, Tensor]) -> Path:
     """Write RUN/exports/STAGE/ with the clips that the encoder was trained on beside its weights."""
+    encoder = create_encoder(config.model.encoder_config(), device="meta")
+    encoder.load_state_dict(weights, assign=True)
     clip = config.data.video.clip
     trained_on = {
         "recipe": config.recipe,

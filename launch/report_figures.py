@@ -43,9 +43,11 @@ def schedule_figure(rows: Rows) -> Figure | None:
 
 
 def throughput_figure(rows: Rows) -> Figure | None:
-    """Clips per second, the share of time spent waiting for data, and the time of a step."""
+    """Clips and operations per second, the share of time spent waiting for data, and the time of a step."""
     names = {
         "clips_per_second": "clips per second",
+        "tflops_per_second": "TFLOP per second",
+        "mfu": "MFU",
         "data_wait": "share of time waiting for data",
         "step_seconds": "seconds per step",
     }

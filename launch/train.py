@@ -9,17 +9,19 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from data_pipeline.loader import build_loader
 from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
+from launch.init_from import load_initial_weights
 from launch.prepare import prepare_data
 from vjepa.batch import MicroBatch
 from vjepa.config import ConfigError, build_models, to_yaml
@@ -44,6 +46,8 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
         batch = config.train.batch.as_dict()
         encoder, predictor = build_models(config.model, config.predictor, seed=config.train.seed, device=world.device)
         objective = JEPA(config.objective, encoder, predictor)
+        if config.init_from is not None and not resume:
+            say(world, f"starting from {load_initial_weights(objective, config.init_from)}")
         frozen = freeze_unused(objective, list(batch))
         trainer = Trainer(
             config.train,
@@ -61,7 +65,8 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
             say(world, f"resumed from step {step}" + ("" if step else f": {run.path} holds no complete checkpoint"))
         say(world, _summary_line(config, world, objective, num_micro_batches, frozen))
         trainer.fit(stop)
-        world.on_main(lambda: _finish(config, run, trainer))
+        weights = trainer.export_state()  # of shards: all ranks take part
+        world.on_main(lambda: _finish(config, run, trainer, weights))
 
 
 def _open_run(run: RunDir, config: RunConfig, resume: bool) -> None:
@@ -111,9 +116,9 @@ def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callabl
     return stream
 
 
-def _finish(config: RunConfig, run: RunDir, trainer: Trainer) -> None:
+def _finish(config: RunConfig, run: RunDir, trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
     """Export the target encoder and write the summary, once the last step is saved."""
-    export_run(run.path, config, trainer.objective.target.encoder)
+    export_run(run.path, config, weights)
     summary = {
         "recipe": config.recipe,
         "stages": {

@@ -27,7 +27,8 @@ COMMANDS = {
     "submit": (sys.executable, "launch/submit.py", "--stage", "primary", "--recipe", "debug"),
     "train": (sys.executable, "-m", "launch.train", "--recipe", "debug"),
 }
-TIMINGS = {"step_seconds", "data_wait", "clips_per_second"}  # the only numbers that may differ
+# The only numbers that may differ.
+TIMINGS = {"step_seconds", "data_wait", "clips_per_second", "tokens_per_second", "tflops_per_second"}
 MOMENTS = ("start-up", "step", "save")
 DEATH_PATIENCE_S = 10.0
 RUN_PATIENCE_S = 240.0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vjepa.batch import MODALITIES, MicroBatch, Modality, normalise
 from vjepa.nn.encoder import Encoder, View
+from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, predictor_flops
 from vjepa.nn.predictor import Predictor, Query
 from vjepa.objectives.targets import EmaTarget
 from vjepa.objectives.terms import Outputs, Term, build_terms
@@ -108,6 +109,18 @@ class JEPA(nn.Module):
                 mean = mean + shares[modality] * value.detach()
             metrics[f"loss/{name}"] = mean
         return Result(loss, {"loss": loss.detach(), **metrics}, outputs)
+
+    def flops(self, micro_batch: MicroBatch) -> int:
+        """Floating-point operations of one forward and backward pass, the target's forward pass included."""
+        total = 0
+        for batch in micro_batch.values():
+            counts = [(mask.context.shape[1], mask.masked.shape[1]) for mask in batch.masks]
+            where = (batch.grid, batch.modality, len(batch))
+            contexts = [context for context, _ in counts]
+            total += encoder_flops(self.target.encoder.config, *where, [None])
+            total += FORWARD_BACKWARD * encoder_flops(self.encoder.config, *where, contexts)
+            total += FORWARD_BACKWARD * predictor_flops(self.predictor.config, len(batch), counts)
+        return total
 
     def momentum_at(self, step: int, total_steps: int) -> float:
         """The target's momentum in the update numbered `step` from 0."""

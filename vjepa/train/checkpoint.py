@@ -156,9 +156,10 @@ def _retire(root: Path, keep: int) -> None:
         _remove(doomed)
 
 
-def load(path: Path, state: dict[str, Any], world: World) -> dict[str, Any]:
-    """Verify the checkpoint and load it into `state` in place, collectively; returns its meta."""
-    _refuse_damaged(path, world.on_main(lambda: _verify(path)))
+def load(path: Path, state: dict[str, Any], world: World, *, is_verified: bool = False) -> dict[str, Any]:
+    """Verify the checkpoint (unless `newest` just has) and load it into `state`, collectively; returns its meta."""
+    if not is_verified:
+        _refuse_damaged(path, world.on_main(lambda: _verify(path)))
     reader = FileSystemReader(path / "dcp")
     _compare_keys(path, state, reader)
     try:
@@ -170,10 +171,11 @@ def load(path: Path, state: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 def load_module(path: Path, module: nn.Module, prefix: str) -> None:
-    """Verify the checkpoint and load the parameters of `module`, stored as model.PREFIX.*, into it; one process."""
+    """Verify the checkpoint and load the parameters of `module`, stored as model.PREFIX.* or, for "", model.*."""
     _refuse_damaged(path, _verify(path))
     reader = FileSystemReader(path / "dcp")
-    state = {"model": {f"{prefix}.{name}": tensor.detach() for name, tensor in module.state_dict().items()}}
+    prefix = f"{prefix}." if prefix else ""
+    state = {"model": {f"{prefix}{name}": tensor.detach() for name, tensor in module.state_dict().items()}}
     missing = sorted(set(_flatten(state)) - set(reader.read_metadata().state_dict_metadata))
     if missing:
         raise CheckpointError(f"checkpoint {path} has no {missing[0]} ({len(missing)} missing in all)")
@@ -203,10 +205,7 @@ def _verify(path: Path) -> str | None:
 
 def _refuse_damaged(path: Path, problem: str | None) -> None:
     if problem:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: {problem}. Move it away and start again with --resume to go on from the "
-            "one before it."
-        )
+        raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
 
 
 def _compare_keys(path: Path, state: Mapping[str, Any], reader: FileSystemReader) -> None:
@@ -256,9 +255,10 @@ def _remove(path: Path) -> None:
 
 
 def newest(root: Path, world: World) -> tuple[int, Path] | None:
-    """The newest complete checkpoint, the same on all ranks; None where there was never one.
+    """The newest intact checkpoint, the same on all ranks; None where there was never one.
 
-    Raises CheckpointError where there are checkpoints, but none is complete.
+    Damaged ones on the way to it are moved aside, as step_N.damaged, and named. Raises CheckpointError where there are
+    checkpoints, but none is complete and intact.
     """
     return world.on_main(lambda: _newest(root))
 
@@ -273,7 +273,20 @@ def _newest(root: Path) -> tuple[int, Path] | None:
         )
     if there and there[-1] != complete[-1][1]:
         log.warning("%s has no %s file and is left out", there[-1], COMMITTED)
-    return complete[-1] if complete else None
+    for step, path in reversed(complete):
+        problem = _verify(path)
+        if problem is None:
+            return step, path
+        aside = path.with_name(f"{path.name}.damaged")
+        _remove(aside)
+        path.rename(aside)
+        log.warning("%s is damaged (%s): moved to %s, the one before it is taken", path, problem, aside.name)
+    if aside := sorted(root.glob("step_*.damaged")):
+        raise CheckpointError(
+            f"{root} holds no intact checkpoint, {aside[-1].name} and {len(aside) - 1} more are damaged: put an intact "
+            "copy in the place of one, or start a new run in another run_dir"
+        )
+    return None
 
 
 def clean_partial(root: Path) -> None:

@@ -9,6 +9,7 @@ from vjepa.batch import Modality
 from vjepa.train.checkpoint import CheckpointConfig
 from vjepa.train.diagnostics import AlarmConfig
 from vjepa.train.optim import OptimConfig
+from vjepa.train.parallel import ParallelConfig
 
 
 @dataclass
@@ -53,6 +54,7 @@ class TrainConfig:
     log_every: int = 10  # steps between rows of metrics.jsonl
     diagnostics_every: int = 100  # steps between collapse diagnostics; the first step has them too
     tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)

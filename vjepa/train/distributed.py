@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
@@ -121,11 +121,3 @@ def _device(name: str, local_rank: int) -> torch.device:
             raise ValueError("train.device=cuda, but torch sees no CUDA device: use train.device=cpu or auto")
         return torch.device("cuda", local_rank)
     return torch.device(name)
-
-
-def parallelise(module: nn.Module, world: World) -> nn.Module:
-    """Wrap for data parallelism: DistributedDataParallel over more than one rank, nothing over one."""
-    if world.size == 1:
-        return module
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vjepa.batch import MicroBatch
+from vjepa.train.accounts import Accounts
 from vjepa.train.config import TrainConfig
 from vjepa.train.diagnostics import CollapseAlarms
 from vjepa.train.distributed import World
@@ -57,17 +58,21 @@ class StepRecord:
     keys: list[str] = field(default_factory=list)
     bad: list[Any] = field(default_factory=list)
     clips: int = 0
+    tokens: int = 0  # of all clips, masked or not
+    flops: int = 0
     num_micro_batches: int = 0
     is_diagnostic: bool = False
     loss_is_finite: Tensor | None = None
     reduced: Tensor | None = None
 
-    def add(self, micro_batch: MicroBatch, metrics: dict[str, Tensor]) -> None:
+    def add(self, micro_batch: MicroBatch, metrics: dict[str, Tensor], *, flops: int = 0) -> None:
         """Count a micro-batch and sum its metrics."""
+        self.flops += flops
         for batch in micro_batch.values():
             self.keys += [f"{batch.modality}:{key}" for key in batch.keys]
             self.bad += batch.rejected
             self.clips += len(batch)
+            self.tokens += len(batch) * math.prod(batch.grid)
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.num_micro_batches += 1
@@ -95,6 +100,7 @@ class Recorder:
     ) -> None:
         self.config, self.run, self.world, self.max_bad_fraction = config, run, world, max_bad_fraction
         self.alarms = CollapseAlarms(config.alarms)
+        self.accounts = Accounts(world.device)
         self.samples_seen, self.bad_seen = 0, 0
         self.final_loss = math.nan
         self.stop_signal = 0
@@ -158,8 +164,9 @@ class Recorder:
         is_due = record.step % self.config.log_every == 0 or record.step == self.config.steps
         if not (is_due or record.is_diagnostic):
             return
-        throughput = {"clips_per_second": clips / max(record.row["step_seconds"], 1e-9)}
-        row = {"step": record.step, **row, **record.row, **throughput}
+        seconds = max(record.row["step_seconds"], 1e-9)
+        spent = self.accounts.of(seconds, clips=clips, tokens=record.tokens * self.world.size, flops=record.flops)
+        row = {"step": record.step, **row, **record.row, **spent}
         alarms = self.alarms.observe(record.step, row)
         if self._writer is not None and self._display is not None:
             self._writer.write(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -17,15 +17,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.nn.parallel import DistributedDataParallel
 
 from vjepa.batch import MicroBatch
 from vjepa.objectives.jepa import JEPA, Result
 from vjepa.train import checkpoint
 from vjepa.train.config import TrainConfig
-from vjepa.train.distributed import World, parallelise
+from vjepa.train.distributed import World
 from vjepa.train.levels import level_diagnostics
 from vjepa.train.optim import build_optimizer, set_schedule
+from vjepa.train.parallel import full, full_state, gradient_sync, parallelise
 from vjepa.train.record import Interrupted, Recorder, StepRecord
 from vjepa.train.run_dir import RunDir
 from vjepa.train.signals import StopFlag
@@ -58,7 +58,7 @@ class Trainer:
         self.batches, self.num_micro_batches = batches, num_micro_batches
         self.config_hash = config_hash
         self.objective = objective
-        self.module: nn.Module = parallelise(objective, world)
+        self.module: nn.Module = parallelise(objective, config.parallel, world, precision=config.precision)
         self.optimizer = build_optimizer(objective, config.optim)
         self.recorder = Recorder(config, run, world, start_step=0, max_bad_fraction=max_bad_fraction, title=title)
         self.step = 0  # completed steps
@@ -94,7 +94,7 @@ class Trainer:
             micro_batch = next(stream)
             waited += time.perf_counter() - asked
             result = self._forward_backward(micro_batch, is_last=index == self.num_micro_batches - 1)
-            record.add(micro_batch, result.metrics)
+            record.add(micro_batch, result.metrics, flops=self.objective.flops(micro_batch))
         assert result is not None
         record.is_diagnostic = self._is_diagnostic_step()
         if record.is_diagnostic:
@@ -119,17 +119,11 @@ class Trainer:
     def _forward_backward(self, micro_batch: MicroBatch, *, is_last: bool) -> Result:
         on_device = {modality: batch.to(self.world.device) for modality, batch in micro_batch.items()}
         bf16 = self.config.precision == "bf16"
-        with self._sync(is_last):
+        with gradient_sync(self.module, is_last=is_last):
             with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
                 result: Result = self.module(on_device, self.step)
             (result.loss / self.num_micro_batches).backward()
         return result
-
-    def _sync(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Gradients are averaged over ranks once, with the last micro-batch."""
-        if isinstance(self.module, DistributedDataParallel) and not is_last:
-            return self.module.no_sync()
-        return nullcontext()
 
     def _update(self) -> Tensor:
         """Clip where asked, step, move the target; the gradient norm before clipping."""
@@ -142,7 +136,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.update_target(self.step, self.config.steps)
-        return grad_norm
+        return full(grad_norm)
+
+    def export_state(self) -> dict[str, Tensor]:
+        """The target encoder's weights, whole, on the main rank ({} on others); all ranks must call it."""
+        return full_state(self.objective.target.encoder)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -168,7 +166,7 @@ class Trainer:
         if found is not None:
             step, path = found
             state = self._state()
-            meta = checkpoint.load(path, state, self.world)
+            meta = checkpoint.load(path, state, self.world, is_verified=True)
             if meta["config_hash"] != self.config_hash and self.world.is_main:
                 log.warning(
                     "%s was written under another configuration: %s was edited since, or defaults in the code changed",

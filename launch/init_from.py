@@ -1,0 +1,41 @@
+"""A new run from the weights of another: `init_from=PATH`. Not `--resume`: steps, optimizer and data begin anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vjepa.config import ConfigError
+from vjepa.hub import CONFIG, from_pretrained, load_strict
+from vjepa.objectives.jepa import JEPA
+from vjepa.train import checkpoint
+from vjepa.train.run_dir import RunDir
+
+
+def load_initial_weights(objective: JEPA, path: Path | str) -> str:
+    """Fill an objective, before it is spread over ranks, from a run or from exported weights; what was taken, in words.
+
+    From a run's directory, or one of its checkpoints: encoder, predictor and target of the newest checkpoint.
+    From an exported folder or a released .pt file: encoder and target alike, the predictor stays as initialised.
+    Raises ConfigError for a path that is none of these, CheckpointError or WeightsError where shapes or names differ.
+    """
+    path = Path(path)
+    saved = _checkpoint(path)
+    if saved is not None:
+        checkpoint.load_module(saved, objective, "")
+        return f"encoder, predictor and target of {saved}"
+    if path.is_file() or (path / CONFIG).is_file():
+        weights = from_pretrained(path).state_dict()
+        for encoder in (objective.encoder, objective.target.encoder):
+            load_strict(encoder, weights, source=str(path))
+        return f"encoder and target of {path}"
+    raise ConfigError(
+        f"init_from={path} is no run with a checkpoint, no exported folder (RUN/exports/STAGE) and no released .pt file"
+    )
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """The checkpoint meant by a run's directory or by a checkpoint's own."""
+    if (path / checkpoint.COMMITTED).is_file():
+        return path
+    found = checkpoint.committed(RunDir(path).checkpoints)
+    return found[-1][1] if found else None

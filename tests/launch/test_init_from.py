@@ -1,0 +1,90 @@
+"""A new run from weights begins at step 0 with them, and says which it took."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import vjepa
+from launch.config import load_config
+from launch.init_from import load_initial_weights
+from launch.train import train
+from vjepa.config import ConfigError, build_models
+from vjepa.hub import WeightsError
+from vjepa.objectives.jepa import JEPA
+from vjepa.train.checkpoint import CheckpointError
+from vjepa.train.signals import StopFlag
+
+
+def objective(*overrides: str, seed: int = 5) -> JEPA:
+    config = load_config("debug", "primary", ["run_dir=unused", *overrides])
+    return JEPA(config.objective, *build_models(config.model, config.predictor, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("source") / "run"
+    train(load_config("debug", "primary", [f"run_dir={run}", *SHORT]), resume=False, stop=StopFlag())
+    return run
+
+
+SHORT = ("train.steps=2", "data.workers=0")
+
+
+def test_a_run_gives_encoder_predictor_and_target(source: Path) -> None:
+    filled, fresh = objective(), objective()
+    said = load_initial_weights(filled, source)
+    assert said == f"encoder, predictor and target of {source / 'checkpoints/step_00000002'}"
+    exported = vjepa.from_pretrained(source / "exports/primary").state_dict()
+    target, encoder = filled.target.encoder.state_dict(), filled.encoder.state_dict()
+    assert all(torch.equal(target[name], exported[name]) for name in exported)
+    assert not torch.equal(encoder["blocks.0.mlp.fc1.weight"], target["blocks.0.mlp.fc1.weight"]), "two sets of weights"
+    name = "predictor.masked_head.weight"
+    assert not torch.equal(filled.state_dict()[name], fresh.state_dict()[name])
+    again = objective()
+    load_initial_weights(again, source / "checkpoints/step_00000002")
+    assert all(torch.equal(value, filled.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_exported_weights_fill_encoder_and_target_and_leave_the_predictor(source: Path) -> None:
+    filled, fresh = objective(), objective()
+    assert load_initial_weights(filled, source / "exports/primary") == f"encoder and target of {source}/exports/primary"
+    exported = vjepa.from_pretrained(source / "exports/primary").state_dict()
+    for encoder in (filled.encoder, filled.target.encoder):
+        assert all(torch.equal(value, exported[name]) for name, value in encoder.state_dict().items())
+    before = fresh.predictor.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in filled.predictor.state_dict().items())
+
+
+def test_the_run_begins_at_its_first_step_and_resumes_its_own(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [f"run_dir={tmp_path / 'run'}", *SHORT, f"init_from={source}"]
+    train(load_config("debug", "primary", asked), resume=False, stop=StopFlag())
+    assert f"starting from encoder, predictor and target of {source}" in capsys.readouterr().out
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 2
+    first = (source / "metrics.jsonl").read_text().splitlines()[0]
+    assert rows[0].split('"loss": ')[1][:8] != first.split('"loss": ')[1][:8], (
+        "from other weights than the initial ones"
+    )
+    train(load_config("debug", "primary", asked), resume=True, stop=StopFlag())
+    assert "starting from" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "overrides", "error", "told"),
+    [
+        (lambda run: run / "nowhere", (), ConfigError, "is no run with a checkpoint, no exported folder"),
+        (lambda run: run, ("model.depth=6", "model.levels=[6]"), CheckpointError, "has no model\\."),
+        (lambda run: run / "exports/primary", ("model.patch_size=8",), WeightsError, "wrong shape: tokenizer"),
+    ],
+    ids=["nothing there", "another depth", "another patch size"],
+)
+def test_what_does_not_fit_is_refused(
+    source: Path, place: Callable[[Path], Path], overrides: tuple[str, ...], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        load_initial_weights(objective(*overrides), place(source))
