@@ -142,7 +142,7 @@ def test_slurm_is_refused_with_the_other_way(capsys: pytest.CaptureFixture[str])
 
 def test_a_failing_runs_status_and_words_are_those_of_submit(tmp_path: Path) -> None:
     missing = "data.video.sources.debug.path=/no/such/shards"
-    command = [*COMMANDS["submit"], f"run_dir={tmp_path}", "prepare=none", missing]
+    command = [*COMMANDS["submit"], f"run_dir={tmp_path}", "prepare.debug=none", missing]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     error = next(line for line in done.stdout.splitlines() if line.startswith("error: "))
