@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from evals.run import read_splits, run_suite
 from evals.suites import SUITES
 from evals.tasks import segmentation
 from evals.visualize import masks_figure
-from launch.config import RunConfig, SuiteConfig, load_for_resume
+from launch.config import RunConfig, SuiteConfig, load_for_resume, numbers_hash
 from launch.report import build_report
 from vjepa.config import build_models
 from vjepa.hub import from_pretrained
@@ -98,8 +98,13 @@ def _refuse_different(runs: Sequence[Path], configs: Sequence[RunConfig]) -> Non
     if len(set(seeds)) < len(seeds):
         raise EvaluationError(f"{', '.join(map(str, runs))}: seeds {seeds} repeat; a table has one run for each")
     for run, config in zip(runs, configs, strict=True):
-        if (config.recipe, config.stage, config.evals) != (configs[0].recipe, configs[0].stage, configs[0].evals):
-            raise EvaluationError(f"{run} and {runs[0]} differ in recipe, stage or evals: evaluate them apart")
+        if _apart_from_seed(config) != _apart_from_seed(configs[0]):
+            raise EvaluationError(f"{run} and {runs[0]} differ in more than their seed: evaluate them apart")
+
+
+def _apart_from_seed(config: RunConfig) -> tuple[object, ...]:
+    """What trainings of one table have in common."""
+    return numbers_hash(replace(config, train=replace(config.train, seed=0))), config.evals
 
 
 def _jobs(suite: str, runs: Sequence[Path], configs: Sequence[RunConfig]) -> Iterator[Job]:

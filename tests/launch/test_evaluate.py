@@ -96,6 +96,9 @@ def test_runs_that_cannot_be_evaluated_are_named(run: Path, digits: Path, tmp_pa
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(EvaluationError, match="has no exports/primary: train it to its end first"):
         evaluate([tmp_path])
+    other = finished_run(tmp_path / "other", digits, "train.seed=1", "train.optim.weight_decay=0.1")
+    with pytest.raises(EvaluationError, match="differ in more than their seed"):
+        evaluate([run, other])
     silent = finished_run(tmp_path / "silent", digits, "evals.motion=null")
     with pytest.raises(EvaluationError, match="names no evaluation"):
         evaluate([silent])
