@@ -190,7 +190,8 @@ def _block_table(blocks: Sequence[Mapping[str, Sequence[Tensor]]], classes: Sequ
                 _show(axis, pixels)
                 if i % across == column == 0:
                     axis.set_ylabel(name.replace("_", "\n"), fontsize=8, color=INK, labelpad=5)
-    handles = [Patch(color=colour, label=name) for name, colour in zip(classes[1:], CLASS_COLOURS, strict=False)]
+    colours = CLASS_COLOURS[: len(classes) - 1]
+    handles = [Patch(color=colour, label=name) for name, colour in zip(classes[1:], colours, strict=True)]
     place = {"loc": "upper left", "bbox_to_anchor": (left / width, 1), "borderaxespad": 0.3, "borderpad": 0}
     look = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 1}
     figure.legend(handles=handles, ncols=max(1, len(handles)), **place, **look)

@@ -37,8 +37,8 @@ def schedule_figure(rows: Rows) -> Figure | None:
     """Learning rate, momentum and the other functions of the step."""
     singles = [key for key in ("lr", "weight_decay", "momentum") if key in _keys(rows)]
     panels = {key.replace("_", " "): {"": key} for key in singles}
-    if any(key.split("/")[0] == "lambda" for key in _keys(rows)):
-        panels["lambda (weight of context prediction)"] = _by_modality(rows, "lambda")
+    for term in sorted({key.split("/")[1] for key in _keys(rows) if key.startswith("weight/")}):
+        panels[f"weight of {term.replace('_', ' ')}"] = _by_modality(rows, f"weight/{term}")
     return _panels(rows, panels, smooth=False)
 
 

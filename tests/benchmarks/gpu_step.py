@@ -135,7 +135,7 @@ def run(model: str, attention: str, activations: Any, is_compiled: bool, options
     world = World(0, 1, torch.device(options.device))
     try:
         return row | measure(config, world, kernel, options.steps)
-    except (torch.OutOfMemoryError, RuntimeError, NotImplementedError, ImportError, ValueError) as error:
+    except (RuntimeError, ImportError, ValueError) as error:  # out of memory, no such kernel: said in its row
         return row | {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
     finally:
         torch._dynamo.reset()

@@ -18,11 +18,20 @@ from evals.protocol import Row
 from evals.results import merge_summary
 from launch.config import RunConfig
 from launch.report import build_report, main
-from launch.report_figures import DIAGNOSTICS, diagnostics_figure, learning_figure, loss_figure, series, smoothed
+from launch.report_figures import (
+    DIAGNOSTICS,
+    diagnostics_figure,
+    learning_figure,
+    loss_figure,
+    schedule_figure,
+    series,
+    smoothed,
+)
 from launch.report_pictures import NUM_CLIPS
 from launch.report_run import ReportError
 from vjepa import hub
 from vjepa.config import ModelConfig, PredictorSettings, build_models, to_yaml
+from vjepa.objectives.jepa import JEPA
 from vjepa.train.config import TrainConfig
 from vjepa.train.diagnostics import AlarmConfig
 
@@ -59,7 +68,9 @@ def rows(*, cosine_from: float = 0.5, cosine_to: float = 0.5) -> list[dict[str, 
         for term, share in (("masked_prediction", 0.7), ("context_prediction", 0.3)):
             row[f"loss/{term}"] = share * loss
             row |= {f"loss/{term}/video": share * loss * 1.1, f"loss/{term}/image": share * loss * 0.9}
-        row |= {"lambda/video": min(0.5, step / 200), "lambda/image": min(0.7, step / 200), "weight_decay": 0.04}
+        ramp = {modality: min(full, step / 200) for modality, full in (("video", 0.5), ("image", 0.7))}
+        row |= {f"weight/context_prediction/{modality}": value for modality, value in ramp.items()}
+        row["weight_decay"] = 0.04
         row |= {"clips_per_second": 20 + noise[step], "data_wait": 0.05, "step_seconds": 0.8}
         if step % 20 == 0:
             cosine = cosine_from + (cosine_to - cosine_from) * step / STEPS
@@ -324,6 +335,19 @@ def test_a_run_that_was_not_evaluated_says_so(tmp_path: Path, shards: Path) -> N
     html = report_of(tmp_path / "run", shards, [])
     assert "has not been evaluated: python -m launch.evaluate RUN" in html
     assert "Learning curve" not in html
+
+
+def test_the_ramp_of_lambda_is_drawn_as_training_logs_it(tmp_path: Path, shards: Path) -> None:
+    """The keys are those of the objective, not of this file: a curve nobody logs would be left out in silence."""
+    config = run_config(tmp_path, shards)
+    encoder, predictor = build_models(config.model, config.predictor, seed=0)
+    logged = JEPA(config.objective, encoder, predictor).weights_at(0, ["video", "image"])
+    assert set(logged) >= {f"weight/context_prediction/{modality}" for modality in ("video", "image")}
+    figure = schedule_figure(rows())
+    assert figure is not None
+    drawn = {axes.get_title(loc="left") or axes.get_title(): axes for axes in figure.axes}
+    lines = drawn["weight of context prediction"].get_lines()
+    assert sorted(float(np.asarray(line.get_ydata()).max()) for line in lines) == [0.5, 0.7]
 
 
 def test_a_model_with_absolute_positions_is_shown_clips_of_the_size_it_was_trained_on(

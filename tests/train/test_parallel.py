@@ -52,6 +52,24 @@ def test_two_ranks_give_the_numbers_of_one_process(
 
 
 @pytest.mark.distributed
+def test_clipping_is_by_the_norm_of_all_shards(
+    debug_run: Callable[..., Path], debug_shards: Path, tmp_path: Path
+) -> None:
+    settings = ("train.steps=20", "train.optim.clip_grad=0.2")
+    alone = debug_run(tmp_path / "alone", *settings)
+    assert max(row["grad_norm"] for row in rows(alone)) > 0.2, "something is clipped"
+    assert_equal_runs(on_two_ranks(tmp_path / "run", debug_shards, *settings, *MODES["fsdp"]), alone)
+
+
+@pytest.mark.distributed
+def test_bf16_in_shards_follows_fp32(one_process: Path, debug_shards: Path, tmp_path: Path) -> None:
+    run = on_two_ranks(tmp_path / "run", debug_shards, "train.precision=bf16", *MODES["fsdp"])
+    losses = [[row["loss"] for row in rows(found)] for found in (run, one_process)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.distributed
 def test_a_sharded_run_goes_on_alone_and_a_lone_one_in_shards(
     one_process: Path, debug_run: Callable[..., Path], debug_shards: Path, tmp_path: Path
 ) -> None:
