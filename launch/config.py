@@ -37,6 +37,7 @@ FREE_ON_RESUME = (
     "train.log_every",
     "train.tensorboard",
     "train.checkpoint",
+    "train.health",
     "train.parallel",
 )
 

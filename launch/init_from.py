@@ -8,11 +8,12 @@ from vjepa.config import ConfigError
 from vjepa.hub import CONFIG, from_pretrained, load_strict
 from vjepa.objectives.jepa import JEPA
 from vjepa.train import checkpoint
+from vjepa.train.distributed import ALONE, World
 from vjepa.train.run_dir import RunDir
 
 
-def load_initial_weights(objective: JEPA, path: Path | str) -> str:
-    """Fill an objective, before it is spread over ranks, from a run or from exported weights; what was taken, in words.
+def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE) -> str:
+    """Fill an objective, whole or in shards, from a run or from exported weights; what was taken, in words.
 
     From a run's directory, or one of its checkpoints: encoder, predictor and target of the newest checkpoint.
     From an exported folder or a released .pt file: encoder and target alike, the predictor stays as initialised.
@@ -21,7 +22,7 @@ def load_initial_weights(objective: JEPA, path: Path | str) -> str:
     path = Path(path)
     saved = _checkpoint(path)
     if saved is not None:
-        checkpoint.load_module(saved, objective, "")
+        checkpoint.load_module(saved, objective, "", world)
         return f"encoder, predictor and target of {saved}"
     if path.is_file() or (path / CONFIG).is_file():
         weights = from_pretrained(path).state_dict()

@@ -9,7 +9,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -44,10 +44,9 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
         num_micro_batches = config.check(world.size)
         world.on_main(lambda: _open_run(run, config, resume))
         batch = config.train.batch.as_dict()
-        encoder, predictor = build_models(config.model, config.predictor, seed=config.train.seed, device=world.device)
-        objective = JEPA(config.objective, encoder, predictor)
-        if config.init_from is not None and not resume:
-            say(world, f"starting from {load_initial_weights(objective, config.init_from)}")
+        objective = JEPA(
+            config.objective, *build_models(config.model, config.predictor, seed=config.train.seed, device="meta")
+        )
         frozen = freeze_unused(objective, list(batch))
         trainer = Trainer(
             config.train,
@@ -59,6 +58,7 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
             max_bad_fraction=config.data.max_bad_fraction,
             title=f"{config.recipe}/{config.stage}",
             config_hash=numbers_hash(config),
+            fill=lambda objective: _fill(config, objective, world, resume=resume),
         )
         if resume:
             step = trainer.resume()
@@ -67,6 +67,13 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
         trainer.fit(stop)
         weights = trainer.export_state()  # of shards: all ranks take part
         world.on_main(lambda: _finish(config, run, trainer, weights))
+
+
+def _fill(config: RunConfig, objective: JEPA, world: World, *, resume: bool) -> None:
+    """The values a run starts from: drawn from its seed, or those of `init_from`."""
+    objective.initialise(seed=config.train.seed, weight_std=config.model.init_std)
+    if config.init_from is not None and not resume:
+        say(world, f"starting from {load_initial_weights(objective, config.init_from, world)}")
 
 
 def _open_run(run: RunDir, config: RunConfig, resume: bool) -> None:
@@ -79,7 +86,7 @@ def _open_run(run: RunDir, config: RunConfig, resume: bool) -> None:
     run.describe(to_yaml(config), ROOT)
 
 
-def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callable[[int], Iterator[MicroBatch]]:
+def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callable[[int, int], Generator[MicroBatch]]:
     """The loader's stream from any step on, with masks drawn in its workers."""
     batch = config.train.batch.as_dict()
     collate = MaskCollator(
@@ -99,7 +106,7 @@ def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callabl
         },
     )
 
-    def stream(step: int) -> Iterator[MicroBatch]:
+    def stream(first: int, end: int) -> Generator[MicroBatch]:
         loader = build_loader(
             data,
             seed=config.train.seed,
@@ -107,11 +114,11 @@ def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callabl
             world=world.size,
             rank=world.rank,
             accumulate=num_micro_batches,
-            start_step=step,
-            stop_step=config.train.steps,
+            start_step=first,
+            stop_step=end,
             collate=collate,
         )
-        return iter(cast(Iterable[MicroBatch], loader))
+        yield from cast(Iterable[MicroBatch], loader)
 
     return stream
 

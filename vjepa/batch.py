@@ -38,6 +38,9 @@ class Mask:
     context: Tensor  # [B, K] int64, visible to the context encoder
     masked: Tensor  # [B, M] int64, to be predicted
 
+    def take(self, clips: slice) -> Mask:
+        return Mask(self.context[clips], self.masked[clips])
+
     def to(self, device: torch.device) -> Mask:
         return Mask(self.context.to(device, non_blocking=True), self.masked.to(device, non_blocking=True))
 
@@ -66,6 +69,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ordinals)
+
+    def take(self, clips: slice) -> Batch:
+        """Some of the clips, with their masks; what is not per clip stays."""
+        return replace(
+            self,
+            ordinals=self.ordinals[clips],
+            keys=self.keys[clips],
+            views=tuple(view[clips] for view in self.views),
+            masks=tuple(mask.take(clips) for mask in self.masks),
+            extra={name: values[clips] for name, values in self.extra.items()},
+        )
 
     def to(self, device: torch.device) -> Batch:
         views = tuple(view.to(device, non_blocking=True) for view in self.views)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vjepa.batch import MODALITIES
 from vjepa.nn.attention import BackendName
 from vjepa.nn.encoder import Encoder, EncoderConfig, default_levels
+from vjepa.nn.init import assign
 from vjepa.nn.predictor import Predictor, PredictorConfig
 
 FORMAT_VERSION = 1
@@ -79,7 +80,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) 
     ]
     if problems:
         raise WeightsError(_listing(f"{source} does not fit {type(module).__name__}", problems))
-    module.load_state_dict(state)
+    for name, tensor in module.state_dict().items():
+        assign(tensor, state[name])
 
 
 def _read_config(path: Path) -> EncoderConfig:

@@ -23,7 +23,7 @@ def state(fill: float, size: int = 8) -> dict[str, Any]:
 
 
 def save(root: Path, step: int, *, keep: int = 4, size: int = 8) -> Path:
-    return checkpoint.save(root, step, state(float(step), size), {"step": step}, ALONE, keep=keep)
+    return checkpoint.save(root, step, state(float(step), size), {"step": step}, ALONE, CheckpointConfig(keep=keep))
 
 
 def load(path: Path, into: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -88,7 +88,7 @@ def test_a_module_is_loaded_from_the_part_that_holds_it(tmp_path: Path) -> None:
     """Evaluations of a run's checkpoints need neither its optimizer nor its predictor."""
     trained, fresh = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     stored = {f"target.encoder.{name}": tensor for name, tensor in trained.state_dict().items()}
-    path = checkpoint.save(tmp_path, 3, {"model": stored | {"other": torch.zeros(5)}}, {}, ALONE, keep=1)
+    path = checkpoint.save(tmp_path, 3, {"model": stored | {"other": torch.zeros(5)}}, {}, ALONE, CheckpointConfig())
     checkpoint.load_module(path, fresh, "target.encoder")
     assert torch.equal(fresh.weight, trained.weight)
     assert torch.equal(fresh.bias, trained.bias)
@@ -188,7 +188,7 @@ def test_an_interrupted_save_leaves_the_older_ones(
 
 def test_the_same_step_saved_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    path = checkpoint.save(tmp_path, 5, state(6.0), {"step": 5}, ALONE, keep=4)
+    path = checkpoint.save(tmp_path, 5, state(6.0), {"step": 5}, ALONE, CheckpointConfig())
     assert load(path)[0]["model"]["bias"].tolist() == [6.0, 6.0]
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_00000005"]
 
@@ -228,7 +228,7 @@ def test_meta_is_readable_without_torch(tmp_path: Path) -> None:
     assert json.loads((save(tmp_path, 3) / "meta.json").read_text()) == {"step": 3}
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
-def test_no_checkpoints_at_all_are_refused(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}, {"milestone_every": 0}])
+def test_no_checkpoints_at_all_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         CheckpointConfig(**wrong)

@@ -23,7 +23,8 @@ from vjepa.objectives.jepa import JEPA
 from vjepa.objectives.terms import MaskedPrediction, Outputs
 from vjepa.train import record
 from vjepa.train.checkpoint import committed
-from vjepa.train.record import BadDataError, Interrupted, NonFiniteError
+from vjepa.train.health import NonFiniteError
+from vjepa.train.record import BadDataError, Interrupted
 from vjepa.train.run_dir import RunDirError
 from vjepa.train.signals import StopFlag
 from vjepa.train.trainer import Trainer
@@ -100,14 +101,14 @@ def test_every_trainable_parameter_gets_a_gradient_in_every_step(
     debug_run: DebugRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without: list[list[str]] = []
-    update = Trainer._update
+    gradient_norm = Trainer._gradient_norm
 
     def look(self: Trainer) -> Tensor:
         named = self.objective.named_parameters()
         without.append([name for name, p in named if p.requires_grad and (p.grad is None or not p.grad.any())])
-        return update(self)
+        return gradient_norm(self)
 
-    monkeypatch.setattr(Trainer, "_update", look)
+    monkeypatch.setattr(Trainer, "_gradient_norm", look)
     debug_run(tmp_path / "run", "train.steps=8", "objective.terms.context_prediction={warmup_start: 0, warmup_end: 0}")
     # Mask tokens start at zero, and so does nothing else: a gradient of exactly zero would be a dead parameter.
     assert without == [[]] * 8
@@ -226,7 +227,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_anything_of_it_is_saved(
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, step))
     assert saved_steps(tmp_path / "run") == [s for s in (5, 10) if s < step]
     assert not list((tmp_path / "run").rglob("*.partial"))
-    told = json.loads((tmp_path / "run" / f"non_finite_step_{step:08d}.json").read_text())
+    told = json.loads((tmp_path / "run" / f"incidents/step_{step:08d}/incident.json").read_text())
     assert len(told["keys"]["0"]) == 24
     debug_run(tmp_path / "run", "train.steps=12", resume=True)  # what caused it is gone
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))

@@ -2,7 +2,8 @@
 
 Every parameter draws from its own generator, seeded by (seed, scope, name), on the CPU: the same numbers for every
 world size, sharding and order of construction. A model is built on the meta device, filled with NaN, initialised, and
-checked, so that a parameter nobody initialises cannot go unnoticed.
+checked, so that a parameter nobody initialises cannot go unnoticed. Of a sharded parameter every rank draws the whole
+and keeps its own part: one parameter at a time is whole, never the model.
 
 Rules of the reference (section 1.1): weights truncated normal, std 0.02; biases 0; LayerNorm (1, 0); the residual
 outputs of block i (from 1) divided by sqrt(2 i); modality embeddings normal with std 1e-6; mask tokens 0 by default.
@@ -18,6 +19,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 WEIGHT_STD = 0.02
 MODALITY_EMBED_STD = 1e-6
@@ -47,7 +49,7 @@ def build(
 
 @torch.no_grad()
 def initialise(module: nn.Module, *, scope: str, seed: int, weight_std: float = WEIGHT_STD) -> None:
-    """Initialise every parameter in place; a parameter left unset is an error naming it."""
+    """Initialise every parameter in place, whole or in shards; a parameter left unset is an error naming it."""
     norms = {name for name, part in module.named_modules() if isinstance(part, nn.LayerNorm)}
     mask_token_std = getattr(getattr(module, "config", None), "mask_token_std", 0.0)
     for name, parameter in module.named_parameters():
@@ -59,14 +61,26 @@ def initialise(module: nn.Module, *, scope: str, seed: int, weight_std: float = 
         elif leaf == "bias":
             parameter.zero_()
         elif owner == "mask_tokens":
-            parameter.copy_(_normal(parameter, mask_token_std, generator))
+            assign(parameter, _normal(parameter, mask_token_std, generator))
         elif owner == "modality_embeds" or leaf.endswith("_embed"):
-            parameter.copy_(_normal(parameter, MODALITY_EMBED_STD, generator))
+            assign(parameter, _normal(parameter, MODALITY_EMBED_STD, generator))
         elif leaf == "weight":
-            parameter.copy_(_weight(parameter, name, weight_std, generator))
-    unset = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
+            assign(parameter, _weight(parameter, name, weight_std, generator))
+    unset = [name for name, parameter in module.named_parameters() if not _own_part(parameter).isfinite().all()]
     if unset:
         raise RuntimeError(f"no initialisation rule for {unset}: add one to vjepa/nn/init.py")
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, values: Tensor) -> None:
+    """Set a parameter, or this rank's shard of it, from its whole values; no rank waits for another."""
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    _own_part(parameter).copy_(values)
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

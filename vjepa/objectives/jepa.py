@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vjepa.batch import MODALITIES, MicroBatch, Modality, normalise
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, predictor_flops
+from vjepa.nn.init import WEIGHT_STD, initialise
 from vjepa.nn.predictor import Predictor, Query
 from vjepa.objectives.targets import EmaTarget
 from vjepa.objectives.terms import Outputs, Term, build_terms
@@ -66,6 +67,12 @@ class JEPA(nn.Module):
         self.encoder = encoder
         self.predictor = predictor
         self.target = EmaTarget(encoder)
+
+    def initialise(self, *, seed: int, weight_std: float = WEIGHT_STD) -> None:
+        """Fill every parameter, whole or in shards, from the seed; the target begins as the encoder."""
+        initialise(self.encoder, scope="encoder", seed=seed, weight_std=weight_std)
+        initialise(self.predictor, scope="predictor", seed=seed, weight_std=weight_std)
+        self.target.start_from(self.encoder)
 
     def forward(self, micro_batch: MicroBatch, step: int) -> Result:
         """All masks of all modalities in one pass of encoder, predictor and target."""

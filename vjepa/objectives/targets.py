@@ -30,6 +30,12 @@ class EmaTarget(nn.Module):
         return [normalise_levels(levels[0], len(self.encoder.levels)) for levels in outputs]
 
     @torch.no_grad()
+    def start_from(self, encoder: Encoder) -> None:
+        """target <- encoder."""
+        for mine, theirs in zip(self.encoder.parameters(), encoder.parameters(), strict=True):
+            mine.copy_(theirs)
+
+    @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * encoder, over all parameters in one foreach call."""
         student = [parameter.detach() for parameter in encoder.parameters()]

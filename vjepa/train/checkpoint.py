@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
-from vjepa.train.distributed import World
+from vjepa.train.distributed import ALONE, World
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d{8,})$")
@@ -46,10 +47,22 @@ class CheckpointConfig:
 
     every: int = 1000  # steps between checkpoints; the last step always gets one
     keep: int = 4  # newest checkpoints that stay on disk
+    milestone_every: int | None = None  # steps between checkpoints that stay for good; null: none do
+    asynchronous: bool = True  # write in a thread while training goes on; costs a copy of the rank's state on the host
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1")
+        if self.milestone_every is not None and self.milestone_every < 1:
+            raise ValueError(
+                f"checkpoint.milestone_every={self.milestone_every} must be at least 1; null keeps no milestones"
+            )
+
+    def is_milestone(self, step: int) -> bool:
+        return self.milestone_every is not None and step % self.milestone_every == 0
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every == 0 or self.is_milestone(step)
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -66,26 +79,37 @@ def committed(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def save(root: Path, step: int, state: Mapping[str, Any], meta: Mapping[str, Any], world: World, *, keep: int) -> Path:
-    """Write one checkpoint, collectively; then remove all but the newest `keep`. Nothing committed is ever touched
-    before the new one is complete."""
+def save(
+    root: Path,
+    step: int,
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    world: World,
+    config: CheckpointConfig,
+) -> Path:
+    """Write one checkpoint, collectively; then remove all but the newest `keep` and the milestones. Nothing committed
+    is ever touched before the new one is complete."""
     final = checkpoint_path(root, step)
-    partial = final.with_name(final.name + PARTIAL)
+    unfinished = final.with_name(final.name + PARTIAL)
     try:
-        world.on_main(lambda: _begin(partial))
-        writer = FileSystemWriter(partial / "dcp", sync_files=True)
+        world.on_main(lambda: _begin(unfinished))
+        writer = FileSystemWriter(unfinished / "dcp", sync_files=True)
         with _without_single_process_warning():
-            state_dict_saver.save(dict(state), storage_writer=writer, no_dist=world.size == 1)
-        world.on_main(lambda: _commit(partial, final, meta))
+            state_dict_saver.save(
+                dict(state), storage_writer=writer, process_group=world.group, no_dist=world.size == 1
+            )
+        parts = world.on_all(lambda: _hash_files(unfinished, f"dcp/__{world.rank}_*"))  # each rank what it wrote
+        digests = {name: digest for part in parts for name, digest in part.items()}
+        world.on_main(lambda: _commit(unfinished, final, meta, digests))
     except (Exception, CheckpointException) as error:  # torch's own is a BaseException
-        raise _save_error(final, partial, error, world) from error
-    world.on_main(lambda: _retire(root, keep))
+        raise _save_error(final, unfinished, error, world) from error
+    world.on_main(lambda: _retire(root, config))
     return final
 
 
-def _begin(partial: Path) -> None:
-    _remove(partial)
-    partial.mkdir(parents=True)
+def _begin(unfinished: Path) -> None:
+    _remove(unfinished)
+    unfinished.mkdir(parents=True)
 
 
 @contextmanager
@@ -96,10 +120,10 @@ def _without_single_process_warning() -> Iterator[None]:
         yield
 
 
-def _save_error(final: Path, partial: Path, error: BaseException, world: World) -> CheckpointError:
+def _save_error(final: Path, unfinished: Path, error: BaseException, world: World) -> CheckpointError:
     is_full = _is_full(error, final.parent)
     if world.is_main:
-        _remove(partial)
+        _remove(unfinished)
     reason = (
         f"the disk or quota of {final.parent} is full: free space and start again with --resume"
         if is_full
@@ -132,24 +156,32 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(root).__name__}: {str(root).strip().partition(chr(10))[0]}"
 
 
-def _commit(partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
-    _write(partial / META, json.dumps(dict(meta), indent=2) + "\n")
-    lines = [f"{_sha256(path)}  {path.relative_to(partial)}" for path in sorted(partial.rglob("*")) if path.is_file()]
-    _write(partial / MANIFEST, "\n".join(lines) + "\n")
-    _write(partial / COMMITTED, f"{_sha256(partial / MANIFEST)}\n")
-    for folder in (partial / "dcp", partial):
+def _hash_files(folder: Path, pattern: str) -> dict[str, str]:
+    """The hash of every file that fits, by its place under the folder."""
+    return {str(path.relative_to(folder)): _sha256(path) for path in folder.glob(pattern) if path.is_file()}
+
+
+def _commit(unfinished: Path, final: Path, meta: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    _write(unfinished / META, json.dumps(dict(meta), indent=2) + "\n")
+    there = {str(path.relative_to(unfinished)): path for path in unfinished.rglob("*") if path.is_file()}
+    lines = [f"{digests.get(name) or _sha256(path)}  {name}" for name, path in sorted(there.items())]
+    _write(unfinished / MANIFEST, "\n".join(lines) + "\n")
+    _write(unfinished / COMMITTED, f"{_sha256(unfinished / MANIFEST)}\n")
+    for folder in (unfinished / "dcp", unfinished):
         _sync_folder(folder)
     replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
     _remove(replaced)
     if final.exists():  # an uncommitted folder of that name, or the same step saved again
         final.rename(replaced)  # at once: a half-removed checkpoint must not look whole
-    partial.rename(final)
+    unfinished.rename(final)
     _sync_folder(final.parent)
     _remove(replaced)
 
 
-def _retire(root: Path, keep: int) -> None:
-    for _, path in committed(root)[:-keep]:
+def _retire(root: Path, config: CheckpointConfig) -> None:
+    for step, path in committed(root)[: -config.keep]:
+        if config.is_milestone(step):
+            continue
         doomed = path.with_name(path.name + PARTIAL)
         _remove(doomed)
         path.rename(doomed)  # first of all: a half-removed checkpoint must not look whole
@@ -159,20 +191,23 @@ def _retire(root: Path, keep: int) -> None:
 def load(path: Path, state: dict[str, Any], world: World, *, is_verified: bool = False) -> dict[str, Any]:
     """Verify the checkpoint (unless `newest` just has) and load it into `state`, collectively; returns its meta."""
     if not is_verified:
-        _refuse_damaged(path, world.on_main(lambda: _verify(path)))
+        _refuse_damaged(path, world)
     reader = FileSystemReader(path / "dcp")
     _compare_keys(path, state, reader)
     try:
         with _without_single_process_warning():
-            state_dict_loader.load(state, storage_reader=reader, no_dist=world.size == 1)
+            state_dict_loader.load(state, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
     except CheckpointException as error:
         raise CheckpointError(f"checkpoint {path} does not fit this run: {_root_cause(error)}") from error
     return read_meta(path)
 
 
-def load_module(path: Path, module: nn.Module, prefix: str) -> None:
-    """Verify the checkpoint and load the parameters of `module`, stored as model.PREFIX.* or, for "", model.*."""
-    _refuse_damaged(path, _verify(path))
+def load_module(path: Path, module: nn.Module, prefix: str, world: World = ALONE) -> None:
+    """Verify the checkpoint and load the parameters of `module`, whole or in shards over the ranks of `world`.
+
+    They are stored as model.PREFIX.* or, for "", model.*.
+    """
+    _refuse_damaged(path, world)
     reader = FileSystemReader(path / "dcp")
     prefix = f"{prefix}." if prefix else ""
     state = {"model": {f"{prefix}{name}": tensor.detach() for name, tensor in module.state_dict().items()}}
@@ -190,11 +225,16 @@ def read_meta(path: Path) -> dict[str, Any]:
     return json.loads((path / META).read_text())
 
 
-def _verify(path: Path) -> str | None:
+def verify(path: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, None where nothing is; every rank reads its share of the files."""
+    return next(filter(None, world.on_all(lambda: _verify(path, world))), None)
+
+
+def _verify(path: Path, world: World) -> str | None:
     manifest = path / MANIFEST
     if not manifest.is_file() or (path / COMMITTED).read_text().strip() != _sha256(manifest):
         return f"{MANIFEST} does not match {COMMITTED}"
-    for line in manifest.read_text().splitlines():
+    for line in manifest.read_text().splitlines()[world.rank :: world.size]:
         digest, name = line.split("  ", 1)
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -203,8 +243,8 @@ def _verify(path: Path) -> str | None:
     return None
 
 
-def _refuse_damaged(path: Path, problem: str | None) -> None:
-    if problem:
+def _refuse_damaged(path: Path, world: World) -> None:
+    if problem := verify(path, world):
         raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
 
 
@@ -260,10 +300,16 @@ def newest(root: Path, world: World) -> tuple[int, Path] | None:
     Damaged ones on the way to it are moved aside, as step_N.damaged, and named. Raises CheckpointError where there are
     checkpoints, but none is complete and intact.
     """
-    return world.on_main(lambda: _newest(root))
+    for step, path in reversed(world.on_main(lambda: _candidates(root))):
+        problem = verify(path, world)
+        if problem is None:
+            return step, path
+        world.on_main(partial(_set_aside, path, problem))
+    world.on_main(lambda: _refuse_all_damaged(root))
+    return None
 
 
-def _newest(root: Path) -> tuple[int, Path] | None:
+def _candidates(root: Path) -> list[tuple[int, Path]]:
     complete = committed(root)
     there = sorted(path for path in root.glob("step_*") if NAME.match(path.name))
     if there and not complete:
@@ -273,20 +319,22 @@ def _newest(root: Path) -> tuple[int, Path] | None:
         )
     if there and there[-1] != complete[-1][1]:
         log.warning("%s has no %s file and is left out", there[-1], COMMITTED)
-    for step, path in reversed(complete):
-        problem = _verify(path)
-        if problem is None:
-            return step, path
-        aside = path.with_name(f"{path.name}.damaged")
-        _remove(aside)
-        path.rename(aside)
-        log.warning("%s is damaged (%s): moved to %s, the one before it is taken", path, problem, aside.name)
+    return complete
+
+
+def _set_aside(path: Path, problem: str) -> None:
+    aside = path.with_name(f"{path.name}.damaged")
+    _remove(aside)
+    path.rename(aside)
+    log.warning("%s is damaged (%s): moved to %s, the one before it is taken", path, problem, aside.name)
+
+
+def _refuse_all_damaged(root: Path) -> None:
     if aside := sorted(root.glob("step_*.damaged")):
         raise CheckpointError(
             f"{root} holds no intact checkpoint, {aside[-1].name} and {len(aside) - 1} more are damaged: put an intact "
             "copy in the place of one, or start a new run in another run_dir"
         )
-    return None
 
 
 def clean_partial(root: Path) -> None:

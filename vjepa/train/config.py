@@ -8,6 +8,7 @@ from typing import Literal
 from vjepa.batch import Modality
 from vjepa.train.checkpoint import CheckpointConfig
 from vjepa.train.diagnostics import AlarmConfig
+from vjepa.train.health import HealthConfig
 from vjepa.train.optim import OptimConfig
 from vjepa.train.parallel import ParallelConfig
 
@@ -58,6 +59,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "diagnostics_every", "threads"):

@@ -23,20 +23,33 @@ _LEFT: list[Any] = []
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks."""
+    """This process's place among the ranks, and the collectives among them."""
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # of the collectives; None: the default group
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def beside(self) -> World:
+        """The same ranks with a group of their own on the CPU, for collectives of another thread; all ranks call it.
+
+        Two threads in one group would mix up each other's messages, or wait for ever.
+        """
+        if self.size == 1:
+            return World(self.rank, self.size, torch.device("cpu"))
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)  # this rank is one of its members
+        _LEFT.append(group)
+        return World(self.rank, self.size, torch.device("cpu"), group)
+
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.SUM)
+            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group)
         return values
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -44,7 +57,7 @@ class World:
         if self.size == 1:
             return rows
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(gathered, rows.contiguous())
+        dist.all_gather(gathered, rows.contiguous(), group=self.group)
         return torch.cat(gathered)
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -52,7 +65,7 @@ class World:
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
     def broadcast_object(self, value: Any) -> Any:
@@ -60,7 +73,7 @@ class World:
         if self.size == 1:
             return value
         holder = [value]
-        dist.broadcast_object_list(holder, src=0)
+        dist.broadcast_object_list(holder, src=0, group=self.group)
         return holder[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -77,9 +90,28 @@ class World:
             raise RuntimeError(f"the main rank stopped: {problem}")
         return result
 
+    def on_all(self, action: Callable[[], T]) -> list[T]:
+        """Every rank's result of `action`; where it raises on one, that one raises it and the others RuntimeError."""
+        error: Exception | None = None
+        outcome: Any = None
+        try:
+            outcome = (action(), None)
+        except Exception as raised:
+            error, outcome = raised, (None, str(raised))
+        everyone = self.gather_objects(outcome)
+        if error is not None:
+            raise error
+        for rank, (_, problem) in enumerate(everyone):
+            if problem is not None:
+                raise RuntimeError(f"rank {rank} stopped: {problem}")
+        return [result for result, _ in everyone]
+
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -79,9 +80,8 @@ class ProgressDisplay:
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show a logged row."""
-        status = (
-            f"loss {row['loss']:.4f}  {row['clips_per_second']:.1f} clips/s  data wait {100 * row['data_wait']:.0f} %"
-        )
+        loss, waited = row.get("loss", math.nan), 100 * row["data_wait"]  # a skipped step may have none
+        status = f"loss {loss:.4f}  {row['clips_per_second']:.1f} clips/s  data wait {waited:.0f} %"
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], status=status)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S or row["step"] == self._total:

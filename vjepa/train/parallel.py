@@ -7,7 +7,7 @@ torch-and-distributed 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -55,8 +55,19 @@ class ParallelConfig:
             )
 
 
-def parallelise(objective: JEPA, config: ParallelConfig, world: World, *, precision: str) -> nn.Module:
-    """Prepare an objective for training on these ranks; call what is returned in place of it."""
+def parallelise(
+    objective: JEPA,
+    config: ParallelConfig,
+    world: World,
+    *,
+    precision: str,
+    fill: Callable[[JEPA], None] | None = None,
+) -> nn.Module:
+    """Prepare an objective for training on these ranks; call what is returned in place of it.
+
+    An objective on the meta device gets its memory here, once it is in shards, and its values from `fill`: no rank ever
+    holds more than its own part.
+    """
     config.check_world(world.size)
     for stack in (objective.encoder, objective.predictor):
         for block in stack.blocks:
@@ -65,10 +76,13 @@ def parallelise(objective: JEPA, config: ParallelConfig, world: World, *, precis
         for stack in (objective.encoder, objective.predictor, objective.target.encoder):
             for block in stack.blocks:
                 block.compile(backend=COMPILER, dynamic=True)  # context lengths change from step to step
-    if world.size == 1:
-        return objective
-    if config.mode == "fsdp":
+    is_sharded = config.mode == "fsdp" and world.size > 1
+    if is_sharded:
         _shard(objective, _mesh(config, world), precision)
+    if fill is not None:
+        objective.to_empty(device=world.device)
+        fill(objective)
+    if world.size == 1 or is_sharded:
         return objective
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -1,8 +1,8 @@
 """What a step leaves behind, and what is decided from it by all ranks together.
 
-The numbers of a step are read one step later, so that the device never waits for the host; they are always read before
-a checkpoint is written. All decisions (stop on a non-finite value, on too many bad samples, on a signal) follow from
-numbers summed over ranks: every rank decides the same.
+The numbers of a step are read one step later, so that the device never waits for the host (at once where a step that
+is not sound is to be skipped); they are always read before a checkpoint is written. All decisions (on a step that is
+not sound, on too many bad samples, on a signal) follow from numbers summed over ranks: every rank decides the same.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ from vjepa.train.accounts import Accounts
 from vjepa.train.config import TrainConfig
 from vjepa.train.diagnostics import CollapseAlarms
 from vjepa.train.distributed import World
+from vjepa.train.health import Health, RollBack, Trouble
+from vjepa.train.incident import incident_folder, note_incident
 from vjepa.train.metrics import MetricsWriter, ProgressDisplay
 from vjepa.train.run_dir import RunDir
 from vjepa.train.signals import STOP_SIGNALS, StopFlag
 
 log = logging.getLogger(__name__)
 CEILING_FROM = 200  # samples seen before the share of bad ones is judged
-MOST_KEYS_NAMED = 12
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm was not finite; the message names step and sample keys."""
 
 
 class BadDataError(RuntimeError):
@@ -47,6 +44,15 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A record's numbers, on the host."""
+
+    row: dict[str, float]  # means over ranks
+    clips: float
+    trouble: Trouble | None
+
+
 @dataclass
 class StepRecord:
     """The traces of one step on this rank; tensors are still on the device."""
@@ -55,21 +61,22 @@ class StepRecord:
     sums: dict[str, Tensor] = field(default_factory=dict)  # over this rank's micro-batches
     means: dict[str, Tensor] = field(default_factory=dict)  # taken once a step
     row: dict[str, float] = field(default_factory=dict)  # numbers that the host knows
-    keys: list[str] = field(default_factory=list)
+    micro_batches: list[MicroBatch] = field(default_factory=list)  # as they came, to be kept if the step is not sound
     bad: list[Any] = field(default_factory=list)
     clips: int = 0
     tokens: int = 0  # of all clips, masked or not
     flops: int = 0
     num_micro_batches: int = 0
     is_diagnostic: bool = False
-    loss_is_finite: Tensor | None = None
+    own_loss: Tensor | None = None  # of this rank
     reduced: Tensor | None = None
+    read: Reading | None = None
 
     def add(self, micro_batch: MicroBatch, metrics: dict[str, Tensor], *, flops: int = 0) -> None:
         """Count a micro-batch and sum its metrics."""
         self.flops += flops
+        self.micro_batches.append(micro_batch)
         for batch in micro_batch.values():
-            self.keys += [f"{batch.modality}:{key}" for key in batch.keys]
             self.bad += batch.rejected
             self.clips += len(batch)
             self.tokens += len(batch) * math.prod(batch.grid)
@@ -81,13 +88,14 @@ class StepRecord:
     def names(self) -> list[str]:
         return [*self.sums, *self.means]
 
-    def reduce(self, world: World, stop: StopFlag, *, loss: str, grad_norm: Tensor) -> None:
+    def reduce(self, world: World, stop: StopFlag, *, grad_norm: Tensor, save_failed: bool = False) -> None:
         """Sum over ranks what all must know, in one collective; nothing is read by the host."""
-        self.loss_is_finite = torch.isfinite(self.sums[loss])
-        is_finite = self.loss_is_finite & torch.isfinite(grad_norm)
+        self.own_loss = self.sums["loss"] / self.num_micro_batches
+        is_finite = torch.isfinite(self.own_loss) & torch.isfinite(grad_norm)
         device = grad_norm.device
         means = [value / self.num_micro_batches for value in self.sums.values()] + list(self.means.values())
-        flags = torch.tensor([len(self.bad), self.clips, *stop.as_list()], dtype=torch.float64, device=device)
+        told = [len(self.bad), self.clips, save_failed, *stop.as_list()]
+        flags = torch.tensor(told, dtype=torch.float64, device=device)
         values = [value.to(device, torch.float64).reshape(1) for value in (*means, ~is_finite)]
         self.reduced = world.sum(torch.cat([*values, flags]))
 
@@ -100,10 +108,12 @@ class Recorder:
     ) -> None:
         self.config, self.run, self.world, self.max_bad_fraction = config, run, world, max_bad_fraction
         self.alarms = CollapseAlarms(config.alarms)
+        self.health = Health(config.health)
         self.accounts = Accounts(world.device)
         self.samples_seen, self.bad_seen = 0, 0
         self.final_loss = math.nan
         self.stop_signal = 0
+        self.save_failed = False  # on some rank
         self._pending: StepRecord | None = None
         self._start_step, self._title = start_step, title
         self._writer: MetricsWriter | None = None
@@ -118,6 +128,7 @@ class Recorder:
             self._display = ProgressDisplay(self.config.steps, self._start_step, title=self._title)
 
     def close(self) -> None:
+        self._pending = None
         if self._writer is not None and self._display is not None:
             self._writer.close()
             self._display.close()
@@ -138,58 +149,80 @@ class Recorder:
         self.settle()
         self._pending = record
 
+    def must_skip(self, record: StepRecord) -> bool:
+        """Whether no update may be made from a step; waits for its numbers where the policies know skipping."""
+        if not self.config.health.is_immediate:
+            return False
+        self.settle()
+        return self._read(record).trouble is not None
+
     def settle(self) -> None:
-        """Read the pending record: log it, and raise NonFiniteError or BadDataError where all ranks must stop."""
+        """Read the pending record and log it.
+
+        Raises, on all ranks alike, NonFiniteError, SpikeError or RollBack for a step that is not sound and not skipped,
+        and BadDataError.
+        """
         record, self._pending = self._pending, None
         if record is None:
             return
+        reading = record.read or self._read(record)
+        self._log(record, reading)
+        self._judge_bad()
+
+    def _read(self, record: StepRecord) -> Reading:
+        """Wait for a record's numbers and act on what they say."""
         assert record.reduced is not None
         values = record.reduced.tolist()
         count = len(record.names)
         row = {name: value / self.world.size for name, value in zip(record.names, values[:count], strict=True)}
-        non_finite, bad, clips, *signals = values[count:]
+        non_finite, bad, clips, save_failed, *signals = values[count:]
         self.samples_seen += int(clips)
-        if bad:
-            self._note_bad(record, int(bad))
-        if non_finite:
-            self._stop_non_finite(record, row)
-        self.final_loss = row["loss"]
-        self._log(record, row, clips)
-        self._judge_bad()
+        self.save_failed |= bool(save_failed)
         for signum, received in zip(STOP_SIGNALS, signals, strict=True):
             if received:
                 self.stop_signal = signum
+        if bad:
+            self._note_bad(record, int(bad))
+        trouble = self.health.judge(record.step, row, is_finite=not non_finite)
+        if trouble is not None:
+            self._face(trouble, record, row)
+        record.read = Reading(row, clips, trouble)
+        return record.read
 
-    def _log(self, record: StepRecord, row: dict[str, float], clips: float) -> None:
-        is_due = record.step % self.config.log_every == 0 or record.step == self.config.steps
-        if not (is_due or record.is_diagnostic):
+    def _face(self, trouble: Trouble, record: StepRecord, row: dict[str, float]) -> None:
+        """Write a step that is not sound down and raise what its policy asks for."""
+        assert record.own_loss is not None
+        error = note_incident(
+            self.run.path, trouble, record.micro_batches, float(record.own_loss), row | record.row, self.world
+        )
+        if trouble.policy == "stop":
+            raise error
+        if trouble.policy == "roll_back":
+            raise RollBack(trouble.step, error)
+        self.message(
+            f"step {trouble.step} is skipped: {trouble.what}; see {incident_folder(self.run.path, trouble.step)}"
+        )
+
+    def _log(self, record: StepRecord, reading: Reading) -> None:
+        if reading.trouble is not None:  # skipped: what is not finite has no place in a row
+            finite = {name: value for name, value in reading.row.items() if math.isfinite(value)}
+            self._write(record, finite | {"skipped": 1.0}, reading.clips)
             return
+        self.final_loss = reading.row["loss"]
+        is_due = record.step % self.config.log_every == 0 or record.step == self.config.steps
+        if is_due or record.is_diagnostic:
+            row = self._write(record, reading.row, reading.clips)
+            for text in self.alarms.observe(record.step, row):
+                self.message(f"ALARM at step {record.step}: {text}")
+
+    def _write(self, record: StepRecord, row: dict[str, float], clips: float) -> dict[str, float]:
         seconds = max(record.row["step_seconds"], 1e-9)
         spent = self.accounts.of(seconds, clips=clips, tokens=record.tokens * self.world.size, flops=record.flops)
         row = {"step": record.step, **row, **record.row, **spent}
-        alarms = self.alarms.observe(record.step, row)
         if self._writer is not None and self._display is not None:
             self._writer.write(row)
             self._display.update(row)
-        for text in alarms:
-            self.message(f"ALARM at step {record.step}: {text}")
-
-    def _stop_non_finite(self, record: StepRecord, row: dict[str, float]) -> None:
-        assert record.loss_is_finite is not None
-        everyone = self.world.gather_objects((bool(record.loss_is_finite), record.keys))
-        culprits = {rank: keys for rank, (is_finite, keys) in enumerate(everyone) if not is_finite}
-        if not culprits:  # the gradient alone, and that is everyone's
-            culprits = {rank: keys for rank, (_, keys) in enumerate(everyone)}
-        path = self.run.path / f"non_finite_step_{record.step:08d}.json"
-        if self.world.is_main:
-            numbers = {name: repr(value) for name, value in (row | record.row).items()}
-            path.write_text(json.dumps({"step": record.step, "keys": culprits, "values": numbers}, indent=2) + "\n")
-        named = ", ".join(key for keys in culprits.values() for key in keys[:MOST_KEYS_NAMED])
-        raise NonFiniteError(
-            f"step {record.step}: loss {row['loss']} and gradient norm {row['grad_norm']}: not finite on rank(s) "
-            f"{sorted(culprits)}, with samples {named} (all of them in {path}). The last checkpoint is from before; "
-            "look at these samples, lower train.optim.lr.peak or set train.optim.clip_grad, and --resume"
-        )
+        return row
 
     def _note_bad(self, record: StepRecord, bad: int) -> None:
         self.bad_seen += bad
@@ -217,12 +250,14 @@ class Recorder:
             "bad_seen": self.bad_seen,
             "final_loss": self.final_loss,
             "alarms": self.alarms.state_dict(),
+            "health": self.health.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         self.samples_seen, self.bad_seen = state["samples_seen"], state["bad_seen"]
         self.final_loss = state["final_loss"]
         self.alarms.load_state_dict(state["alarms"])
+        self.health.load_state_dict(state["health"])
         self._start_step = step
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -23,22 +23,26 @@ from vjepa.objectives.jepa import JEPA, Result
 from vjepa.train import checkpoint
 from vjepa.train.config import TrainConfig
 from vjepa.train.distributed import World
+from vjepa.train.health import RollBack
 from vjepa.train.levels import level_diagnostics
 from vjepa.train.optim import build_optimizer, set_schedule
 from vjepa.train.parallel import full, full_state, gradient_sync, parallelise
 from vjepa.train.record import Interrupted, Recorder, StepRecord
 from vjepa.train.run_dir import RunDir
+from vjepa.train.saver import Saver
 from vjepa.train.signals import StopFlag
 
 log = logging.getLogger(__name__)
 STATE_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-Batches = Callable[[int], Iterator[MicroBatch]]
+Batches = Callable[[int, int], Generator[MicroBatch]]
 
 
 class Trainer:
     """Runs an objective from its first, or its last saved, step to the last one.
 
-    `batches(step)` yields `num_micro_batches` micro-batches per step for this rank, from the step numbered `step` on.
+    An objective on the meta device gets its memory and, by `fill`, its values once it is spread over the ranks.
+    `batches(first, end)` yields `num_micro_batches` micro-batches per step for this rank, for the steps from `first` up
+    to and without `end`.
     """
 
     def __init__(
@@ -53,16 +57,20 @@ class Trainer:
         max_bad_fraction: float = 0.05,
         title: str = "train",
         config_hash: str = "",
+        fill: Callable[[JEPA], None] | None = None,
     ) -> None:
         self.config, self.world, self.run = config, world, run
         self.batches, self.num_micro_batches = batches, num_micro_batches
         self.config_hash = config_hash
         self.objective = objective
-        self.module: nn.Module = parallelise(objective, config.parallel, world, precision=config.precision)
+        self.module: nn.Module = parallelise(objective, config.parallel, world, precision=config.precision, fill=fill)
         self.optimizer = build_optimizer(objective, config.optim)
         self.recorder = Recorder(config, run, world, start_step=0, max_bad_fraction=max_bad_fraction, title=title)
         self.step = 0  # completed steps
         self.seconds = 0.0  # spent training, over all segments
+        self.roll_backs = 0
+        self.detour = 0  # steps' worth of data left out by roll backs: step n takes the data of step n + detour
+        self.saver = Saver(run.checkpoints, config.checkpoint, world)
         self._saved_step = 0
 
     # ----------------------------------------------------------------------------------------------------- the loop
@@ -70,20 +78,33 @@ class Trainer:
     def fit(self, stop: StopFlag) -> None:
         """Train to the last step; checkpoints on the way, at the end, and when `stop` is set on any rank.
 
-        Raises Interrupted (after saving), NonFiniteError, BadDataError or CheckpointError, on all ranks alike.
+        Raises Interrupted (after saving), UnsoundStepError, BadDataError or CheckpointError, on all ranks alike.
         """
         stop.is_early = False
+        with closing(self.saver):
+            while True:
+                try:
+                    self._run(stop)
+                    return
+                except RollBack as fall:
+                    self._roll_back(fall)
+
+    def _run(self, stop: StopFlag) -> None:
+        stream = self.batches(self.step + self.detour, self.config.steps + self.detour)
         self.recorder.open()
-        with closing(self.recorder):
-            stream = self.batches(self.step)
+        with closing(self.recorder), closing(stream):
             while self.step < self.config.steps:
                 self.recorder.hand_over(self._train_step(stream, stop))
                 if self.recorder.stop_signal:
                     self.save()
+                    self.saver.wait()
                     raise Interrupted(self.recorder.stop_signal, self.step)
-                if self.step % self.config.checkpoint.every == 0:
+                if self.recorder.save_failed:
+                    self.saver.wait()
+                if self.config.checkpoint.is_due(self.step):
                     self.save()
             self.save()
+            self.saver.wait()
 
     def _train_step(self, stream: Iterator[MicroBatch], stop: StopFlag) -> StepRecord:
         started, waited = time.perf_counter(), 0.0
@@ -99,9 +120,12 @@ class Trainer:
         record.is_diagnostic = self._is_diagnostic_step()
         if record.is_diagnostic:
             record.means = level_diagnostics(result.outputs, self.objective.encoder.levels, self.world)
-        record.means["grad_norm"] = grad_norm = self._update()
+        record.means["grad_norm"] = grad_norm = self._gradient_norm()
+        record.reduce(self.world, stop, grad_norm=full(grad_norm), save_failed=self.saver.has_failed)
+        if not self.recorder.must_skip(record):
+            self._update(grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        record.reduce(self.world, stop, loss="loss", grad_norm=grad_norm)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         record.row |= {"step_seconds": seconds, "data_wait": waited / seconds}
@@ -125,18 +149,21 @@ class Trainer:
             (result.loss / self.num_micro_batches).backward()
         return result
 
-    def _update(self) -> Tensor:
-        """Clip where asked, step, move the target; the gradient norm before clipping."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+    def _gradient_norm(self) -> Tensor:
+        """Over all parameters, before clipping."""
         without = [name for name, p in self.objective.named_parameters() if p.requires_grad and p.grad is None]
         assert not without, f"no gradient reached {without}: see freeze_unused"
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
+
+    def _update(self, grad_norm: Tensor) -> None:
+        """Clip where asked, step, move the target."""
         if self.config.optim.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_grad, grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters(), self.config.optim.clip_grad, grad_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.objective.update_target(self.step, self.config.steps)
-        return full(grad_norm)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def export_state(self) -> dict[str, Tensor]:
         """The target encoder's weights, whole, on the main rank ({} on others); all ranks must call it."""
@@ -145,7 +172,7 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """Checkpoint the completed steps, after reading their numbers: what is not finite is never saved."""
+        """Checkpoint the completed steps, after reading their numbers: what is not sound is never saved."""
         self.recorder.sync()
         if self._saved_step == self.step:
             return
@@ -154,11 +181,28 @@ class Trainer:
             "world_size": self.world.size,
             "config_hash": self.config_hash,
             "seconds": self.seconds,
+            "detour": self.detour,
+            "roll_backs": self.roll_backs,
             "recorder": self.recorder.state_dict(),
         }
-        keep = self.config.checkpoint.keep
-        checkpoint.save(self.run.checkpoints, self.step, self._state(), meta, self.world, keep=keep)
+        self.saver.save(self.step, self._state(), meta)
         self._saved_step = self.step
+
+    def _roll_back(self, fall: RollBack) -> None:
+        """Go on from the newest checkpoint with the data behind the step that fell; all ranks alike."""
+        self.saver.wait()
+        count, fallen = self.roll_backs + 1, fall.step - 1 + self.detour
+        if count > self.config.health.max_roll_backs or not self.world.on_main(self._has_checkpoint):
+            why = f"{self.roll_backs} roll backs were made before" if self.roll_backs else "there is no checkpoint yet"
+            raise type(fall.error)(f"{fall.error}. No roll back: {why}") from fall
+        step = self.resume()
+        self.roll_backs, self.detour = count, fallen + 1 - step
+        if self.world.is_main:
+            limit = self.config.health.max_roll_backs
+            log.warning("%s. Rolled back to step %d, %d of at most %d times", fall.error, step, count, limit)
+
+    def _has_checkpoint(self) -> bool:
+        return bool(checkpoint.committed(self.run.checkpoints))
 
     def resume(self) -> int:
         """Load the newest complete checkpoint and cut the run's logs back to it; the step, 0 where there is none."""
@@ -176,7 +220,7 @@ class Trainer:
             set_optimizer_state_dict(self.objective, self.optimizer, state["optimizer"], options=STATE_OPTIONS)
             self.recorder.load_state_dict(meta["recorder"], step)
             self.step = self._saved_step = step
-            self.seconds = meta["seconds"]
+            self.seconds, self.detour, self.roll_backs = meta["seconds"], meta["detour"], meta["roll_backs"]
         if self.world.is_main:
             checkpoint.clean_partial(self.run.checkpoints)
             self.run.cut_back(self.step)
