@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_its_samples(
     for status, error in (rank["poisoned"] for rank in outcomes):
         assert status == 1
         assert "step 3: " in error
-        assert "not finite on rank(s) [1]" in error
+        assert "not finite, on rank(s) [1]" in error
     told = json.loads((out / "poisoned" / "incidents/step_00000003/incident.json").read_text())
     assert list(told["keys"]) == ["1"]
     assert len(told["keys"]["1"]) == 12

@@ -88,9 +88,10 @@ class StepRecord:
     def names(self) -> list[str]:
         return [*self.sums, *self.means]
 
-    def reduce(self, world: World, stop: StopFlag, *, grad_norm: Tensor, save_failed: bool = False) -> None:
+    def reduce(self, world: World, stop: StopFlag, *, save_failed: bool = False) -> None:
         """Sum over ranks what all must know, in one collective; nothing is read by the host."""
         self.own_loss = self.sums["loss"] / self.num_micro_batches
+        grad_norm = self.means["grad_norm"]
         is_finite = torch.isfinite(self.own_loss) & torch.isfinite(grad_norm)
         device = grad_norm.device
         means = [value / self.num_micro_batches for value in self.sums.values()] + list(self.means.values())

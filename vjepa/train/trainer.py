@@ -120,8 +120,9 @@ class Trainer:
         record.is_diagnostic = self._is_diagnostic_step()
         if record.is_diagnostic:
             record.means = level_diagnostics(result.outputs, self.objective.encoder.levels, self.world)
-        record.means["grad_norm"] = grad_norm = self._gradient_norm()
-        record.reduce(self.world, stop, grad_norm=full(grad_norm), save_failed=self.saver.has_failed)
+        grad_norm = self._gradient_norm()
+        record.means["grad_norm"] = full(grad_norm)
+        record.reduce(self.world, stop, save_failed=self.saver.has_failed)
         if not self.recorder.must_skip(record):
             self._update(grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
