@@ -13,17 +13,8 @@ from pathlib import Path
 import pytest
 
 from launch.submit import main as submit
-from tests.benchmarks.kill_and_resume import (
-    COMMANDS,
-    compare,
-    complete,
-    kill_and_resume,
-    last_logged,
-    numbers,
-    rows_of,
-    session_members,
-    start,
-)
+from tests.benchmarks.campaign import compare, complete, last_logged, numbers, rows_of, session_members, start
+from tests.benchmarks.kill_and_resume import COMMANDS, kill_and_resume
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = ("train.steps=20",)

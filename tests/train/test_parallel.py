@@ -10,7 +10,8 @@ import torch._dynamo as dynamo
 from torch._dynamo.utils import counters
 
 from launch.config import load_config
-from tests.train.test_two_ranks import assert_equal_runs, rows, torchrun, weights
+from tests.train.ranks import on_ranks, train_debug
+from tests.train.test_two_ranks import assert_equal_runs, rows, weights
 from vjepa.config import build_models
 from vjepa.nn.encoder import View
 from vjepa.objectives.jepa import JEPA
@@ -33,10 +34,7 @@ def one_process(debug_run: Callable[..., Path], tmp_path_factory: pytest.TempPat
 
 
 def on_two_ranks(folder: Path, shards: Path, *arguments: str) -> Path:
-    sources = [f"data.{modality}.sources.debug.path={shards}" for modality in ("video", "image")]
-    command = ["-m", "launch.train", "--recipe", "debug", f"run_dir={folder}", "train.steps=20", "data.workers=0"]
-    done = torchrun(*command, *sources, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    on_ranks(2, train_debug, folder, shards, "train.steps=20", *arguments)
     return folder
 
 
