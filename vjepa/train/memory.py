@@ -200,18 +200,17 @@ def _part(name: str) -> str:
 class _Gathered:
     """What FSDP2 holds beside the shards, by section of the step; `width` bytes an element are gathered.
 
-    A block's forward pass: the gathered weights, the buffer they came in and the next block's. Its backward pass: the
-    same, its gradients, and an fp32 buffer to reduce them. Encoder and predictor keep the weights outside their blocks
-    from the forward pass to the end of the backward pass, and their gradients until they are reduced there.
+    A block's forward pass: its weights, the buffer they came in and the next block's. Its backward pass: its weights,
+    the next block's and its gradients; then, its weights freed, an fp32 buffer to reduce the gradients. Encoder and
+    predictor keep the weights outside their blocks from the forward pass to the end of the backward pass, and their
+    gradients until they are reduced there.
     """
 
     def __init__(self, objective: JEPA, width: int) -> None:
         self.width = width
-        self.block = {"encoder": _elements(objective.encoder.blocks[0]), "predictor": _elements(objective.predictor.blocks[0])}
-        self.root = {
-            "encoder": _elements(objective.encoder) - _elements(objective.encoder.blocks),
-            "predictor": _elements(objective.predictor) - _elements(objective.predictor.blocks),
-        }
+        stacks = {"encoder": objective.encoder, "predictor": objective.predictor}
+        self.block = {name: _elements(stack.blocks[0]) for name, stack in stacks.items()}
+        self.root = {name: _elements(stack) - _elements(stack.blocks) for name, stack in stacks.items()}
 
     def by_event(self, sections: tuple[str, ...]) -> Series:
         bytes_of = {name: self._of(name) for name in set(sections)}
@@ -230,7 +229,7 @@ class _Gathered:
         stack = "encoder" if name.startswith("encoder") else "predictor"
         if name == "encoder embed backward":
             return roots + gradients + FP32 * (root["encoder"] + root["predictor"])
-        return roots + gradients + (3 * width + FP32) * block[stack]
+        return roots + gradients + max(3 * width, 2 * width + FP32) * block[stack]
 
 
 def _elements(module: nn.Module) -> int:
