@@ -107,7 +107,8 @@ class Planner:
     """Answers about one recipe; traces are made when first asked for and serve every card."""
 
     def __init__(self, config: RunConfig, device_type: DeviceType = "cuda") -> None:
-        self.config, self.device_type = config, device_type
+        self.config = config
+        self.device_type: DeviceType = device_type
         self.batch = config.train.batch.as_dict()
         self.encoder = config.model.encoder_config()
         self.predictor = config.predictor.predictor_config(self.encoder)
@@ -187,7 +188,9 @@ class Planner:
 
     def setting(self, ranks: int, num_micro_batches: int, parallel: ParallelConfig) -> Setting:
         """What these settings need."""
-        micro_batch = {modality: size // ranks // num_micro_batches for modality, size in self.batch.items()}
+        micro_batch: dict[Modality, int] = {
+            modality: size // ranks // num_micro_batches for modality, size in self.batch.items()
+        }
         modality = next(iter(micro_batch))
         multiple = micro_batch[modality] // self._unit[modality]
         need = self.memory(parallel.activations).need(multiple, parallel, ranks, num_micro_batches)
@@ -269,8 +272,9 @@ def _memory_lines(setting: Setting, device: Device | None, ranks: int) -> list[s
     where = f"{ranks} x {device.name}" if device else f"{ranks} CPU process(es)"
     need = setting.need
     lines = [
-        f"memory of one rank on {where}, {_sharding(setting.parallel, ranks)}, activations {setting.parallel.activations}, "
-        f"micro-batch {sizes}, {setting.num_micro_batches} per step; fullest at: {need.moment}",
+        f"memory of one rank on {where}, {_sharding(setting.parallel, ranks)}, "
+        f"activations {setting.parallel.activations}, micro-batch {sizes}, "
+        f"{setting.num_micro_batches} per step; fullest at: {need.moment}",
         *(f"  {name:<26}{size / GIB:8.2f} GiB" for name, size in need.parts.items()),
         f"  {'total':<26}{need.total / GIB:8.2f} GiB",
     ]
@@ -373,7 +377,8 @@ def plan(
     on_cpu = config.train.device == "cpu" and not is_asked
     device = None if on_cpu else find_device(card, gpu_memory)
     ranks = default_ranks(config) if gpus is None else gpus
-    planner = Planner(config, "cpu" if on_cpu else "cuda")
+    device_type: DeviceType = "cpu" if on_cpu else "cuda"
+    planner = Planner(config, device_type)
     text = describe_plan(planner, device, ranks, mfu)
     if device is not None and (is_asked or gpus is not None):
         try:

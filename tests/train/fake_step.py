@@ -1,4 +1,4 @@
-"""A training step without memory: the real objective, optimizer and EMA under FakeTensorMode, on as many ranks as asked."""
+"""A training step without memory: the real objective, optimizer and EMA under FakeTensorMode, on any ranks."""
 
 from __future__ import annotations
 
