@@ -2,6 +2,7 @@
 
 python launch/submit.py --stage primary [--recipe NAME] [--cluster auto|local|slurm] [--option NAME] [--dry-run]
                         [--resume] [key=value ...]
+python launch/submit.py --recipe NAME --dry-run [--gpus N] [--card H100 | --gpu-memory GB] [--mfu 0.4]
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if __name__ == "__main__":
 
 from launch.cluster import die_with, run_locally
 from launch.config import RunConfig
+from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB, plan
 from launch.report import build_report
 from launch.train import add_run_arguments, load
 from vjepa.config import ConfigError, build_models, config_hash, to_yaml
@@ -45,7 +47,7 @@ def choose_recipe(asked: str | None) -> tuple[str, str]:
 
 
 def describe(config: RunConfig) -> str:
-    """What --dry-run prints: the resolved configuration and the parameter counts."""
+    """What --dry-run prints first: the resolved configuration and the parameter counts."""
     encoder, predictor = build_models(config.model, config.predictor, seed=0, device="meta")
     counts = {"encoder": encoder, "predictor": predictor}
     lines = [f"{name}: {sum(p.numel() for p in module.parameters()):,} parameters" for name, module in counts.items()]
@@ -57,12 +59,40 @@ def describe(config: RunConfig) -> str:
     return "\n".join([yaml.rstrip(), "", *lines])
 
 
+def dry_run(config: RunConfig, arguments: argparse.Namespace) -> int:
+    """Print configuration and plan; status 2 where the device shape asked for is too small."""
+    print(describe(config))
+    try:
+        text, refusal = plan(
+            config,
+            gpus=arguments.gpus,
+            card=arguments.card,
+            gpu_memory=arguments.gpu_memory,
+            mfu=arguments.mfu,
+        )
+    except ConfigError as error:
+        text, refusal = "", error
+    print(f"\n{text}" if text else "")
+    if refusal is not None:
+        print(f"error: {refusal}", file=sys.stderr)
+    return 2 if refusal is not None else 0
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python launch/submit.py", description=__doc__)
     add_run_arguments(parser, recipe_required=False)
     parser.add_argument("--cluster", choices=("auto", "local", "slurm"), default="auto", help="where to run")
     parser.add_argument("--owner", type=int, metavar="PID", help="end, with the run, when this process is gone")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop"
+    )
+    shape = parser.add_argument_group("device shape, for the plan of --dry-run; what cannot fit it is refused")
+    shape.add_argument("--gpus", type=int, metavar="N", help="ranks of the run, one for each GPU")
+    shape.add_argument("--card", help=f"one of {', '.join(MEMORY_GB)} (default: {DEFAULT_CARD})")
+    shape.add_argument("--gpu-memory", type=float, metavar="GB", help="of each GPU, as sold")
+    shape.add_argument(
+        "--mfu", type=float, default=DEFAULT_MFU, help="assumed share of the card's peak (default: %(default)s)"
+    )
     return parser
 
 
@@ -92,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with(arguments.owner)
     print(f"recipe {config.recipe} ({why}), stage {config.stage}, on this machine ({cluster})", flush=True)
     if arguments.dry_run:
-        print(describe(config))
-        return 0
+        return dry_run(config, arguments)
     status = run_locally(config, resume=arguments.resume)
     if status == 0 and config.report:
         print(f"report: {build_report(Path(config.run_dir))}")

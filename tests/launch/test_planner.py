@@ -1,0 +1,122 @@
+"""A plan says what a recipe needs, what would fit, and refuses what cannot."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.config import load_config
+from launch.planner import Device, Planner, describe_plan, find_device, plan, refuse_if_too_large, sold
+from launch.submit import main as submit
+from vjepa.config import ConfigError
+
+SMALL = ["run_dir=unused", "train.device=auto"]
+
+
+@pytest.fixture(scope="module")
+def gigantic() -> Planner:
+    return Planner(load_config("vit_gigantic", "primary", ["run_dir=unused"]))
+
+
+def test_a_clip_of_vit_gigantic_costs_what_the_reference_counted(gigantic: Planner) -> None:
+    """Reference 2.4: 17.5 TFLOP a video clip at truncated masks, the teacher counted."""
+    assert gigantic.flops_per_clip["video"] == pytest.approx(17.5e12, rel=0.03)
+
+
+def test_days_follow_from_operations(gigantic: Planner) -> None:
+    steps = gigantic.config.train.steps
+    expected = steps * gigantic.flops_per_step / (64 * 989e12 * 0.5) / 86400
+    assert gigantic.days(64, 989e12, 0.5) == pytest.approx(expected)
+    assert gigantic.days(128, 989e12, 0.5) == pytest.approx(expected / 2)
+
+
+def test_every_suggestion_is_accepted_by_the_recipe_and_fits(gigantic: Planner) -> None:
+    for gigabytes in (16, 24, 80, 141):
+        device = sold(gigabytes)
+        setting = gigantic.suggest(device, 8)
+        assert setting is not None
+        config = load_config("vit_gigantic", "primary", ["run_dir=unused", *setting.overrides.split()])
+        assert config.check(8, needs_sources=False) == setting.num_micro_batches
+        again = Planner(config)
+        again._memories = gigantic._memories
+        assert again.configured(8).need.total == setting.need.total <= device.usable
+
+
+def test_a_larger_card_never_needs_more_recomputation(gigantic: Planner) -> None:
+    order = ["keep", "selective", "recompute"]
+    found = [gigantic.suggest(sold(gigabytes), 8) for gigabytes in (16, 24, 48, 80, 141)]
+    ranked = [order.index(setting.parallel.activations) for setting in found if setting]
+    assert ranked == sorted(ranked, reverse=True)
+
+
+def test_what_fits_nowhere_says_how_many_ranks_it_takes(gigantic: Planner) -> None:
+    assert gigantic.suggest(sold(16), 1) is None
+    ranks = gigantic.ranks_that_fit(sold(16), 1)
+    assert ranks is not None
+    assert gigantic.suggest(sold(16), ranks) is not None
+    assert gigantic.suggest(sold(16), ranks // 2) is None
+    assert "16 GB: does not fit; fits on" in describe_plan(gigantic, sold(80), 1, 0.4)
+
+
+def test_the_start_of_a_run_refuses_what_cannot_fit() -> None:
+    config = load_config("vit_large", "primary", ["run_dir=unused"])
+    with pytest.raises(ConfigError) as caught:
+        refuse_if_too_large(config, 8, 24 * 2**30)
+    told = str(caught.value)
+    assert re.search(r"recipe vit_large, stage primary, needs \d+\.\d GiB on each of 8 rank", told)
+    assert "predictor activations" in told
+    assert "train.micro_batch.video=" in told
+    refuse_if_too_large(config, 8, 139 * 2**30)
+
+
+def test_a_dry_run_refuses_a_device_shape_that_is_too_small(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shape = ["--dry-run", "--gpus", "8", "--card", "rtx 4090", f"run_dir={tmp_path / 'run'}"]
+    assert submit(["--recipe", "vit_large", *shape]) == 2
+    out, error = capfd.readouterr()
+    assert (
+        out.index("steps: 135000") < out.index("encoder: 304,680,960") < out.index("memory of one rank on 8 x RTX 4090")
+    )
+    assert "days:" in out
+    assert "recipe vit_large, stage primary, needs" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_on_a_cpu_is_planned_and_never_refused() -> None:
+    text, refusal = plan(load_config("debug", "primary", SMALL[:1]), gpus=None, card=None, gpu_memory=None)
+    assert refusal is None
+    assert "1 CPU process(es)" in text
+    assert "days" not in text
+
+
+def test_a_small_model_fits_on_every_card() -> None:
+    text, refusal = plan(load_config("debug", "primary", SMALL), gpus=2, card="L4", gpu_memory=None)
+    assert refusal is None
+    assert "does not fit" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"card": "H1000"}, ["--card 'H1000' is unknown", "H100", "--gpu-memory"]),
+        ({"gpu_memory": 0.0}, ["--gpu-memory 0 must be positive"]),
+        ({"mfu": 1.5}, ["--mfu 1.5", "at most 1"]),
+        ({"gpus": 0}, ["--gpus 0 must be at least 1"]),
+        ({"gpus": 5}, ["train.batch.video=12", "5 ranks"]),
+    ],
+)
+def test_a_mistake_in_the_device_shape_is_named(arguments: dict[str, object], told: list[str]) -> None:
+    wanted = {"gpus": None, "card": None, "gpu_memory": None, **arguments}
+    with pytest.raises(ConfigError) as caught:
+        plan(load_config("debug", "primary", SMALL), **wanted)  # pyright: ignore[reportArgumentType]
+    for text in told:
+        assert text in str(caught.value)
+
+
+def test_cards_are_known_by_name_and_keep_a_reserve() -> None:
+    card = find_device("h200", None)
+    assert (card.name, card.peak) == ("H200", 989e12)
+    assert 125e9 < card.usable < 141 * 2**30
+    assert find_device("A100", 40).memory < 40 * 2**30
+    assert Device("this GPU", 2**30).usable < 0
