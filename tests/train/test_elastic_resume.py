@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tests.benchmarks.campaign import TIMINGS
 from tests.train.elastic import Witness, digest, witness
 from tests.train.ranks import on_ranks
 from tests.train.test_two_ranks import rows
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.distributed
 SAVED, STEPS, BATCH = 5, 10, 12
 SIZES = (1, 2, 3)
 SETTINGS = (f"train.steps={STEPS}", "train.parallel.mode=fsdp")
-TIMINGS = {"step_seconds", "data_wait", "clips_per_second", "tokens_per_second", "tflops_per_second"}
 
 
 @dataclass(frozen=True)

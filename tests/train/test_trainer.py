@@ -18,6 +18,7 @@ from data_pipeline.dataset import ClipDataset
 from data_pipeline.decode import DecodeError
 from launch.config import load_config
 from launch.export import export_run
+from tests.benchmarks.campaign import TIMINGS
 from vjepa.config import build_models
 from vjepa.objectives.jepa import JEPA
 from vjepa.objectives.terms import MaskedPrediction, Outputs
@@ -30,7 +31,6 @@ from vjepa.train.signals import StopFlag
 from vjepa.train.trainer import Trainer
 
 DebugRun = Callable[..., Path]
-TIMINGS = ("step_seconds", "data_wait", "clips_per_second", "tokens_per_second", "tflops_per_second")
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
