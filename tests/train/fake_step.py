@@ -55,13 +55,12 @@ def measured_peak(
                 storages.peak = storages.live
                 result = None
                 for index in range(num_micro_batches):
+                    result = None
                     batch = fake_micro_batch(loads, encoder)
                     with gradient_sync(module, is_last=index == num_micro_batches - 1):
                         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-                            new = module(batch, 0)
-                        new.loss.backward()
-                    result = new
-                    del new
+                            result = module(batch, 0)
+                        result.loss.backward()
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
                 optimizer.step()

@@ -34,6 +34,7 @@ from vjepa.train.distributed import ALONE, World
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d{8,})$")
 COMMITTED, MANIFEST, META, PARTIAL = "COMMITTED", "manifest.sha256", "meta.json", ".partial"
+CUT_SHORT = "unexpected pos"  # what torch says of a file that took fewer bytes than it was given
 FULL_BELOW_BYTES = 1 << 20  # with less than this free, a save that failed did so for want of space
 
 
@@ -129,6 +130,8 @@ def _save_error(final: Path, unfinished: Path, error: BaseException, world: Worl
         if is_full
         else _root_cause(error)
     )
+    if not is_full and CUT_SHORT in reason:  # torch's file format has swallowed the system's error
+        reason = f"a file was cut short by a quota or a limit on file sizes: raise it, then --resume ({reason})"
     return CheckpointError(f"checkpoint {final} could not be written: {reason}. Committed checkpoints are untouched.")
 
 

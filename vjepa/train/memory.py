@@ -129,8 +129,6 @@ class StepMemory:
         shards = (parallel.shard_ranks or world_size) if is_sharded else 1
         whole, local = count_elements(self.objective), count_elements(self.objective, shards)
         moving = {name: series * multiple for name, series in self.per_unit.items()}
-        if num_micro_batches > 1:  # the last micro-batch's outputs are still held
-            moving["targets, levels, losses"] = moving["targets, levels, losses"] + self._held(multiple)
         gradients = self._gradients(whole, local, is_sharded, world_size, num_micro_batches)
         weights = self.gathered.by_event(self.sections) if is_sharded else sum(self.fixed.values())
         assert not isinstance(weights, int)
@@ -154,10 +152,6 @@ class StepMemory:
         if is_kept or (world_size > 1 and not is_sharded):
             return np.full_like(self.gradients, FP32 * whole.trainable)
         return self.gradients * local.trainable // whole.trainable
-
-    def _held(self, multiple: int) -> float:
-        """What a forward pass leaves with its result: predictions and targets."""
-        return multiple * sum(series[-1] for series in self.per_unit.values())
 
 
 def _times(unit: Loads, count: int) -> dict[Modality, Load]:

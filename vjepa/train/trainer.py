@@ -111,6 +111,7 @@ class Trainer:
         record = StepRecord(step=self.step + 1, row=self._set_schedules())
         result: Result | None = None
         for index in range(self.num_micro_batches):
+            result = None  # let go of the last micro-batch's outputs before the next ones are made
             asked = time.perf_counter()
             micro_batch = next(stream)
             waited += time.perf_counter() - asked
