@@ -25,6 +25,7 @@ PLANNED_STAGES = ("cooldown", "distill", "evals")
 # What may change between the segments of one run: nothing that alters numbers.
 FREE_ON_RESUME = (
     "run_dir",
+    "check_memory",
     "report",
     "evals",
     "data.workers",
@@ -63,6 +64,7 @@ class RunConfig:
     run_dir: str = "runs/${recipe}"  # where everything about the run goes
     prepare: dict[str, str] = field(default_factory=dict)  # SOURCE: who makes its shards where there are none yet
     init_from: str | None = None  # new run from the weights of a run, an exported folder or a released .pt file
+    check_memory: bool = True  # refuse to start on a GPU whose memory the plan exceeds (see --dry-run)
     report: bool = False  # write RUN/report/index.html at the end
     evals: dict[str, SuiteConfig | None] = field(default_factory=dict)  # SUITE for launch.evaluate; null drops one
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -22,6 +22,7 @@ from data_pipeline.loader import build_loader
 from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
 from launch.init_from import load_initial_weights
+from launch.planner import refuse_if_too_large
 from launch.prepare import prepare_data
 from vjepa.batch import MicroBatch
 from vjepa.config import ConfigError, build_models, to_yaml
@@ -43,6 +44,7 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
     with init_world(config.train.device) as world, closing(RunDir(config.run_dir)) as run:
         num_micro_batches = config.check(world.size)
         world.on_main(lambda: _open_run(run, config, resume))
+        world.on_main(lambda: check_memory(config, world))
         batch = config.train.batch.as_dict()
         objective = JEPA(
             config.objective, *build_models(config.model, config.predictor, seed=config.train.seed, device="meta")
@@ -67,6 +69,13 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
         trainer.fit(stop)
         weights = trainer.export_state()  # of shards: all ranks take part
         world.on_main(lambda: _finish(config, run, trainer, weights))
+
+
+def check_memory(config: RunConfig, world: World) -> None:
+    """Refuse now, with what would fit, what would end in an out-of-memory error minutes later."""
+    if config.check_memory and world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+        refuse_if_too_large(config, world.size, memory)
 
 
 def _fill(config: RunConfig, objective: JEPA, world: World, *, resume: bool) -> None:

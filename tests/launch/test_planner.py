@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launch.config import load_config
 from launch.planner import Device, Planner, describe_plan, find_device, plan, refuse_if_too_large, sold
 from launch.submit import main as submit
+from launch.train import check_memory
 from vjepa.config import ConfigError
+from vjepa.train.distributed import World
 
 SMALL = ["run_dir=unused", "train.device=auto"]
 
@@ -69,6 +74,20 @@ def test_the_start_of_a_run_refuses_what_cannot_fit() -> None:
     assert "predictor activations" in told
     assert "train.micro_batch.video=" in told
     refuse_if_too_large(config, 8, 139 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "is_refused"), [("cuda", "true", 1), ("cuda", "false", 0), ("cpu", "true", 0)]
+)
+def test_a_run_asks_the_planner_on_a_gpu_unless_told_not_to(
+    device: str, asked: str, is_refused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    config = load_config("vit_large", "primary", ["run_dir=unused", f"check_memory={asked}"])
+    told = pytest.raises(ConfigError, match="check_memory=false") if is_refused else nullcontext()
+    with told:
+        check_memory(config, World(0, 8, torch.device(device)))
 
 
 def test_a_dry_run_refuses_a_device_shape_that_is_too_small(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
