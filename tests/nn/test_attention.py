@@ -137,8 +137,8 @@ def test_varlen_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> Non
         return real(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    q, k, v = (x.bfloat16() for x in qkv())
     with pytest.raises(ValueError, match=r"which torch .* does not have"):
-        q, k, v = (x.bfloat16() for x in qkv())
         varlen(q, k, v, LAYOUT)
 
 
