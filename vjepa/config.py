@@ -43,7 +43,7 @@ class ModelConfig:
     absolute_position: float = 0.0  # add fixed sines and cosines of the position, times this, to all tokens
     absolute_position_base: float = BASE  # of their frequencies; smaller for grids of a few tokens
     init_std: float = WEIGHT_STD  # of the initial weights of encoder and predictor
-    attention: BackendName = "auto"  # auto is xformers on CUDA where it imports, else sdpa
+    attention: BackendName = "auto"  # auto: xformers on CUDA where it imports, else sdpa; varlen: torch's packed one
     embed_dim: int | None = None  # in place of the named size's
     depth: int | None = None  # in place of the named size's
     num_heads: int | None = None  # in place of the named size's

@@ -44,7 +44,7 @@ KERNELS = {
     "sdpa:cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa:efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-ATTENTION = ("sdpa", *KERNELS, "xformers")
+ATTENTION = ("sdpa", *KERNELS, "xformers", "varlen")
 
 
 def micro_batches(config: RunConfig, device: torch.device, count: int) -> list[MicroBatch]:

@@ -4,8 +4,8 @@ All masks of a step (and both modalities) go through a block together: the linea
 [N, D], attention sees the segments. That is exact, halves the launches and the all-gathers under FSDP2, and keeps the
 number of block calls the same on every rank.
 
-Backends: `sdpa` (torch, everywhere) and `xformers` (CUDA, imported lazily). `auto` takes xformers on CUDA where it
-imports, otherwise SDPA.
+Backends: `sdpa` (torch, everywhere), `xformers` (CUDA, imported lazily) and `varlen` (torch's own attention over packed
+sequences: CUDA, bf16 or fp16). `auto` takes xformers on CUDA where it imports, otherwise SDPA.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vjepa.nn.rope import RopeTable, rotate
 
-BackendName = Literal["auto", "sdpa", "xformers"]
+BackendName = Literal["auto", "sdpa", "xformers", "varlen"]
 log = logging.getLogger(__name__)
 
 
@@ -83,6 +83,50 @@ def _xformers_available() -> bool:
     return True
 
 
+def cumulative_lengths(layout: Sequence[Segments], device: torch.device) -> Tensor:
+    """Where each sequence begins in the flat list, and where the last one ends: int32 [sequences + 1].
+
+    Made of ranges on the device, so that nothing is copied to it, and lengths may be symbols of a compiled graph.
+    """
+    starts, begin = [], 0
+    for segments in layout:
+        ranks = torch.arange(segments.count, dtype=torch.int32, device=device)
+        starts.append(ranks * segments.length + begin)
+        begin += segments.tokens
+    return torch.cat([*starts, torch.full((1,), begin, dtype=torch.int32, device=device)])
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_lengths(layout: tuple[Segments, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a later training step saves it for its backward pass
+        return cumulative_lengths(layout, device)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tensor:
+    """torch's FlashAttention over packed sequences: one call for all groups; CUDA, bf16 or fp16 only."""
+    if v.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention=varlen computes in bf16 or fp16, the tokens are {v.dtype}: set train.precision=bf16 or use sdpa"
+        )
+    if torch.compiler.is_compiling():  # a compiler sees through caches, and warns
+        starts = cumulative_lengths(layout, q.device)
+    else:
+        starts = _cached_lengths(tuple(layout), q.device)
+    longest = max(segments.length for segments in layout)
+    return _varlen_attn()(q, k, v, starts, starts, longest, longest)
+
+
+def _varlen_attn() -> Any:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise ValueError(
+            f"attention=varlen needs torch.nn.attention.varlen, which torch {torch.__version__} does not have: use "
+            "sdpa or xformers, or torch 2.11 or later"
+        ) from error
+    return varlen_attn
+
+
 def resolve_backend(name: BackendName, device: torch.device) -> AttentionBackend:
     """The backend called `name` for tensors on `device`; a backend that cannot run there is a ValueError."""
     if name == "auto":
@@ -93,7 +137,11 @@ def resolve_backend(name: BackendName, device: torch.device) -> AttentionBackend
         if device.type != "cuda":
             raise ValueError(f"attention=xformers needs a CUDA device, the tokens are on {device}: use sdpa or auto")
         return xformers
-    raise ValueError(f"attention={name!r} is unknown: choose auto, sdpa or xformers")
+    if name == "varlen":
+        if device.type != "cuda":
+            raise ValueError(f"attention=varlen needs a CUDA device, the tokens are on {device}: use sdpa or auto")
+        return varlen
+    raise ValueError(f"attention={name!r} is unknown: choose auto, sdpa, xformers or varlen")
 
 
 class Attention(nn.Module):

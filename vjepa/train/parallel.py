@@ -177,6 +177,7 @@ def _kept_operators() -> tuple[set[Any], set[Any]]:
         "aten._efficient_attention_forward",
         "xformers_flash.flash_fwd",
         "xformers_flash3.flash_fwd",
+        "torch_attn._varlen_attn",
     )
     return {op for op in map(_operator, attention) if op}, {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 

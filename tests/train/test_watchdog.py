@@ -1,0 +1,291 @@
+"""A hang leaves stacks and an exit status, a healthy run leaves nothing, and a slow rank is named."""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from vjepa.train.stragglers import StepClock, stragglers
+from vjepa.train.watchdog import DUMP_SIGNAL, EXIT_HUNG, Watchdog, WatchdogConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PREAMBLE = """
+    import ctypes, multiprocessing, os, sys, time
+    from pathlib import Path
+    from vjepa.train.watchdog import Watchdog, WatchdogConfig
+
+    def say(text):
+        print(text, flush=True)
+
+    def watchdog(dump, abort):
+        config = WatchdogConfig(dump_after_s=dump, abort_after_s=abort, first_step_factor=1.0)
+        return Watchdog(config, Path(sys.argv[1]), 3, say=say)
+"""
+
+
+def in_process(folder: Path, source: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that has `watchdog(dump, abort)` of rank 3; a minute is more than it may take."""
+    script = textwrap.dedent(PREAMBLE) + textwrap.dedent(source)
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def stacks(folder: Path, rank: int = 3) -> str:
+    return (folder / "stacks" / f"rank_{rank}.txt").read_text()
+
+
+def quick(dump: float, *, factor: float = 1.0) -> WatchdogConfig:
+    """In this process: never abort it."""
+    return WatchdogConfig(dump_after_s=dump, abort_after_s=None, first_step_factor=factor)
+
+
+def wait_for(found: Callable[[], bool]) -> None:
+    """Returns when it is so; fails after ten seconds."""
+    deadline = time.monotonic() + 10
+    while not found():
+        assert time.monotonic() < deadline, "it did not happen within ten seconds"
+        time.sleep(0.02)
+
+
+# --------------------------------------------------------------------------------------------------------------- hangs
+
+
+def test_a_hang_writes_stacks_then_ends_with_its_status(tmp_path: Path) -> None:
+    ended = in_process(
+        tmp_path,
+        """
+        def hung_here():
+            time.sleep(50)
+
+        with watchdog(0.5, 1.0) as dog:
+            dog.beat("forward", 7)
+            hung_here()
+        """,
+    )
+    assert ended.returncode == EXIT_HUNG, ended.stderr
+    late, last = ended.stdout.splitlines()
+    assert f"rank 3 on {os.uname().nodename}: no progress for 0." in late
+    assert "in forward of step 7" in late
+    assert str(tmp_path / "stacks" / "rank_3.txt") in late
+    assert "ends with status 75" in last
+    assert stacks(tmp_path).count("in hung_here") == 2
+    assert "no progress for 0." in stacks(tmp_path)
+
+
+def test_a_hang_that_holds_the_interpreters_lock_does_so_too(tmp_path: Path) -> None:
+    ended = in_process(
+        tmp_path,
+        """
+        def hung_here(library, mutex):
+            library.pthread_mutex_lock(mutex)
+            library.pthread_mutex_lock(mutex)
+
+        with watchdog(0.5, 1.0) as dog:
+            dog.beat("forward", 7)
+            hung_here(ctypes.PyDLL(None), ctypes.create_string_buffer(64))
+        """,
+    )
+    assert ended.returncode == EXIT_HUNG, ended.stderr
+    assert ended.stdout == ""
+    assert f"rank 3 on {os.uname().nodename}: no progress, and the interpreter does not answer" in ended.stderr
+    assert stacks(tmp_path).count("in hung_here") == 1
+
+
+def test_a_wait_for_data_is_named_once_and_so_is_its_end(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Watchdog(quick(0.3), tmp_path, 0, say=said.append) as dog:
+        dog.beat("forward", 4)
+        dog.beat("data", 5)
+        wait_for(lambda: bool(said))
+        time.sleep(0.5)
+        assert len(said) == 1
+        dog.beat("forward", 5)
+        wait_for(lambda: len(said) > 1)
+        time.sleep(0.1)
+    assert "in data of step 5 (waiting for data: look at the storage" in said[0]
+    assert "goes on, data of step 5 took" in said[1]
+    assert len(said) == 2
+    assert "test_a_wait_for_data_is_named_once" in stacks(tmp_path, 0)
+
+
+def test_a_healthy_run_says_and_writes_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Watchdog(quick(1.0), tmp_path, 0, say=said.append) as dog:
+        for step in range(40):  # longer than the limit, in phases that are shorter
+            dog.beat("data", step + 1)
+            time.sleep(0.04)
+    assert said == []
+    assert stacks(tmp_path, 0) == ""
+
+
+def test_the_first_step_may_take_longer(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Watchdog(quick(0.3, factor=50), tmp_path, 0, say=said.append) as dog:
+        time.sleep(0.5)
+        dog.beat("forward", 11)  # of a resumed run
+        time.sleep(0.5)
+        assert said == []
+        dog.beat("forward", 12)
+        wait_for(lambda: bool(said))
+    assert "in forward of step 12" in said[0]
+
+
+def test_forked_children_and_later_starts_do_not_inherit_the_end(tmp_path: Path) -> None:
+    ended = in_process(
+        tmp_path,
+        """
+        with watchdog(0.5, 1.0) as dog:
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1.5,))
+            worker.start()
+            child = os.fork()  # one that ends in the ordinary way, through the `with`
+            if not child:
+                time.sleep(1.5)
+                sys.exit(5)
+            for step in range(1, 50):
+                dog.beat("forward", step)
+                time.sleep(0.04)
+            worker.join()
+            print(worker.exitcode, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        time.sleep(1.5)
+        with watchdog(0.5, 1.0) as dog:
+            dog.beat("save", 50)
+            print("alive", flush=True)
+            time.sleep(50)
+        """,
+    )
+    assert ended.stdout.splitlines()[:2] == ["0 5", "alive"], ended.stdout + ended.stderr
+    assert ended.returncode == EXIT_HUNG
+    assert "in save of step 50" in ended.stdout.splitlines()[2]
+
+
+def test_sigusr1_writes_stacks_of_a_running_process_and_is_let_go_after(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Watchdog(quick(30), tmp_path, 0, say=said.append) as dog:
+        dog.beat("update", 8)
+        os.kill(os.getpid(), DUMP_SIGNAL)
+        wait_for(lambda: bool(said))
+    assert "test_sigusr1_writes_stacks" in stacks(tmp_path, 0)
+    assert "asked for by SIGUSR1, in update of step 8" in stacks(tmp_path, 0)
+    assert not faulthandler.unregister(DUMP_SIGNAL)
+    assert signal.getsignal(DUMP_SIGNAL) is signal.SIG_DFL
+
+
+def test_a_full_disk_is_said_and_the_stacks_go_to_standard_error(
+    small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    with Watchdog(quick(0.3), small_disk, 0, say=said.append) as dog:
+        with (small_disk / "filling").open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(b"0" * 65536):
+                pass
+        dog.beat("save", 5)
+        wait_for(lambda: len(said) > 1)
+        dog.beat("data", 6)
+    assert "rank_0.txt could not be written (No space left on device)" in said[1]
+    assert "test_a_full_disk_is_said" in capfd.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_stops_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "stacks").write_text("a file in the way")
+    said: list[str] = []
+    with Watchdog(quick(0.3), tmp_path, 0, say=said.append) as dog:
+        dog.beat("data", 2)
+        wait_for(lambda: len(said) > 2)
+    assert "cannot be written (File exists): stacks go to standard error" in said[0]
+    assert "test_a_folder_that_cannot_be_made" in capfd.readouterr().err
+
+
+def test_a_fault_in_what_it_tells_stops_neither_run_nor_watching(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def broken(text: str) -> None:
+        said.append(text)
+        raise BrokenPipeError
+
+    with Watchdog(quick(0.2), tmp_path, 0, say=broken) as dog:
+        for step in (1, 2):
+            dog.beat("data", step)
+            wait_for(lambda step=step: any(f"in data of step {step} " in text for text in said))
+
+
+def test_a_sign_of_life_costs_microseconds(tmp_path: Path) -> None:
+    with Watchdog(quick(300), tmp_path, 0, say=print) as dog:
+        taken = math.inf
+        for _ in range(5):
+            begin = time.perf_counter()
+            for _ in range(2000):
+                dog.beat("forward", 1)
+            taken = min(taken, (time.perf_counter() - begin) / 2000)
+    assert taken < 50e-6
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dump_after_s": 0.0}, "dump_after_s=0.0 must be a positive number"),
+        ({"dump_after_s": 60.0, "abort_after_s": 60.0}, "abort_after_s=60.0 must be more than dump_after_s=60.0"),
+        ({"first_step_factor": 0.5}, "first_step_factor=0.5 must be at least 1"),
+        ({"straggler_ratio": math.nan}, "straggler_ratio=nan must be at least 1"),
+    ],
+)
+def test_a_watchdog_that_could_not_work_is_refused(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=f"watchdog.{message}"):
+        WatchdogConfig(**fields)
+
+
+# ---------------------------------------------------------------------------------------------------------- stragglers
+
+
+def test_a_slow_rank_is_named_with_its_figure() -> None:
+    per_rank = [[0.01, 0.40], [0.01, 0.42], [0.31, 0.41], [0.02, 0.90]]
+    hosts = ["n1", "n1", "n2", "n2"]
+    data, forward = stragglers(per_rank, hosts, 1.5)
+    assert "rank 2 on n2 is slow: waiting for data takes it 0.310 s" in data
+    assert "median rank 0.010 s" in data
+    assert "storage" in data
+    assert "rank 3 on n2 is slow: forward pass takes it 0.900 s per micro-batch, the median rank 0.410 s" in forward
+    assert "nvidia-smi" in forward
+
+
+def test_of_two_ranks_the_slower_is_named_and_equal_or_short_ones_are_not() -> None:
+    assert len(stragglers([[0.0, 0.2], [0.0, 0.9]], ["a", "b"], 1.5)) == 1
+    assert stragglers([[0.5, 0.9]] * 3, ["a", "b", "c"], 1.5) == []
+    assert stragglers([[0.001, 0.1], [0.01, 0.14]], ["a", "b"], 1.1) == []  # 9 and 40 ms are no matter
+    assert stragglers([[0.5, 0.9]], ["alone"], 1.5) == []
+
+
+def test_the_step_clock_gives_means_since_it_was_last_read() -> None:
+    clock = StepClock(torch.device("cpu"))
+    for seconds in (0.02, 0.06):
+        with clock.data():
+            time.sleep(seconds)
+        with clock.forward():
+            time.sleep(0.01)
+    data, forward = clock.drain()
+    assert 0.04 <= data < 0.4
+    assert 0.01 <= forward < data
+    assert clock.drain() == [0.0, 0.0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="timing by CUDA events needs a CUDA device")
+def test_the_step_clock_times_the_device_on_cuda() -> None:
+    clock = StepClock(torch.device("cuda"))
+    x = torch.randn(4096, 4096, device="cuda")
+    for _ in range(3):
+        with clock.forward():
+            for _ in range(20):
+                x = (x @ x).tanh()
+    torch.cuda.synchronize()
+    assert clock.drain()[1] > 1e-4
