@@ -120,17 +120,18 @@ class StepMemory:
         parts[1].pop("gradients")
         self.fixed = {name: 2 * parts[0][name] - parts[1][name] for name in parts[0]}  # whatever the clips
         self.per_unit = {name: (parts[1][name] - parts[0][name]) / first for name in parts[0]}
-        self.gathered = _Gathered(self.objective, BF16 if precision == "bf16" else FP32)
+        self.gathered = _Gathered(self.objective, BF16 if precision == "bf16" else FP32).by_event(self.sections)
+        self._elements: dict[int, Elements] = {}  # by shards
 
     def need(self, multiple: int, parallel: ParallelConfig, world_size: int, num_micro_batches: int = 1) -> Need:
         """One rank's fullest moment with micro-batches of `multiple` units."""
         parallel.check_world(world_size)
         is_sharded = parallel.mode == "fsdp" and world_size > 1
         shards = (parallel.shard_ranks or world_size) if is_sharded else 1
-        whole, local = count_elements(self.objective), count_elements(self.objective, shards)
+        whole, local = self._count(1), self._count(shards)
         moving = {name: series * multiple for name, series in self.per_unit.items()}
         gradients = self._gradients(whole, local, is_sharded, world_size, num_micro_batches)
-        weights = self.gathered.by_event(self.sections) if is_sharded else sum(self.fixed.values())
+        weights = self.gathered if is_sharded else sum(self.fixed.values())
         assert not isinstance(weights, int)
         total = np.where(self.events, sum(moving.values()) + gradients + weights, -1)
         fullest = int(np.argmax(total))
@@ -143,6 +144,11 @@ class StepMemory:
             **{name: int(series[fullest]) for name, series in moving.items()},
         }
         return Need(self.sections[fullest], parts)
+
+    def _count(self, shards: int) -> Elements:
+        if shards not in self._elements:
+            self._elements[shards] = count_elements(self.objective, shards)
+        return self._elements[shards]
 
     def _gradients(
         self, whole: Elements, local: Elements, is_sharded: bool, world_size: int, num_micro_batches: int
