@@ -38,7 +38,10 @@ FREE_ON_RESUME = (
     "train.log_every",
     "train.tensorboard",
     "train.checkpoint",
+    "train.collective_timeout_s",
     "train.health",
+    "train.watchdog",
+    "train.profile",
     "train.parallel",
 )
 

@@ -100,6 +100,8 @@ class Setting:
         sizes = [f"train.micro_batch.{modality}={size}" for modality, size in self.micro_batch.items()]
         shards = "null" if self.parallel.shard_ranks is None else str(self.parallel.shard_ranks)
         settings = {"mode": self.parallel.mode, "shard_ranks": shards, "activations": self.parallel.activations}
+        if self.parallel.reduce_each:
+            settings["reduce_each"] = "true"
         return " ".join([*sizes, *(f"train.parallel.{name}={value}" for name, value in settings.items())])
 
 
@@ -205,6 +207,8 @@ class Planner:
     def suggest(self, device: Device, ranks: int) -> Setting | None:
         """The least recomputation, then the least sharding, then the largest micro-batch that fit; None: nothing fits.
 
+        Gradients are reduced with each micro-batch only where they are too many to be accumulated whole.
+
         A micro-batch below a quarter of the largest possible is taken only where no larger one fits at all:
         accumulating costs little, small kernels do.
         """
@@ -213,6 +217,8 @@ class Planner:
         for chosen in (enough, [count for count in counts if count not in enough]):
             for parallel in _parallel(ranks, self.config.train.parallel.compile):
                 for count in chosen:
+                    if parallel.reduce_each and count == 1:
+                        continue  # the same as reducing once
                     setting = self.setting(ranks, count, parallel)
                     if setting.need.total <= device.usable:
                         return setting
@@ -248,7 +254,8 @@ def _parallel(ranks: int, is_compiled: bool) -> Iterator[ParallelConfig]:
     for activations in get_args(Activations):
         yield ParallelConfig("ddp", None, activations, is_compiled)
         for count in shards:
-            yield ParallelConfig("fsdp", None if count == ranks else count, activations, is_compiled)
+            for reduce_each in (False, True):
+                yield ParallelConfig("fsdp", None if count == ranks else count, activations, is_compiled, reduce_each)
 
 
 # ------------------------------------------------------------------------------------------------------ what is printed

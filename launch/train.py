@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
@@ -41,7 +42,8 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
     """Run one stage on this rank, to its end or to an agreed stop."""
     torch.set_num_threads(config.train.threads)
-    with init_world(config.train.device) as world, closing(RunDir(config.run_dir)) as run:
+    timeout = timedelta(seconds=config.train.collective_timeout_s)
+    with init_world(config.train.device, timeout) as world, closing(RunDir(config.run_dir)) as run:
         num_micro_batches = config.check(world.size)
         world.on_main(lambda: _open_run(run, config, resume))
         world.on_main(lambda: check_memory(config, world))

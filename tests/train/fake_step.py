@@ -57,7 +57,7 @@ def measured_peak(
                 for index in range(num_micro_batches):
                     result = None
                     batch = fake_micro_batch(loads, encoder)
-                    with gradient_sync(module, is_last=index == num_micro_batches - 1):
+                    with gradient_sync(module, is_last=parallel.reduce_each or index == num_micro_batches - 1):
                         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
                             result = module(batch, 0)
                         result.loss.backward()

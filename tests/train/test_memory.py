@@ -65,19 +65,26 @@ def test_the_plan_is_the_measured_peak(
 
 
 @pytest.mark.parametrize(
-    ("activations", "precision", "count", "micro_batches", "world", "shards"),
+    ("activations", "precision", "count", "micro_batches", "world", "shards", "reduce_each"),
     [
-        ("selective", "bf16", 3, 1, 8, None),
-        ("recompute", "bf16", 1, 1, 128, 8),
-        ("recompute", "fp32", 1, 1, 16, 8),
-        ("keep", "bf16", 1, 1, 128, None),
-        ("recompute", "bf16", 1, 2, 8, None),
+        ("selective", "bf16", 3, 1, 8, None, False),
+        ("recompute", "bf16", 1, 1, 128, 8, False),
+        ("recompute", "fp32", 1, 1, 16, 8, False),
+        ("keep", "bf16", 1, 1, 128, None, False),
+        ("recompute", "bf16", 1, 2, 8, None, False),
+        ("recompute", "bf16", 1, 2, 8, None, True),
     ],
 )
 def test_the_plan_is_the_measured_peak_in_shards(
-    activations: Activations, precision: Precision, count: int, micro_batches: int, world: int, shards: int | None
+    activations: Activations,
+    precision: Precision,
+    count: int,
+    micro_batches: int,
+    world: int,
+    shards: int | None,
+    reduce_each: bool,
 ) -> None:
-    parallel = ParallelConfig("fsdp", shards)
+    parallel = ParallelConfig("fsdp", shards, reduce_each=reduce_each)
     check("vit_gigantic", 12, activations, precision, "cuda", count, micro_batches, parallel, world, within=0.1)
 
 

@@ -19,12 +19,14 @@ from vjepa.train.distributed import World
 from vjepa.train.parallel import ParallelConfig, parallelise
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+MICRO = ("train.micro_batch.video=3", "train.micro_batch.image=3")
 MODES = {
     "fsdp": ("train.parallel.mode=fsdp",),
     "hsdp, one copy": ("train.parallel.mode=fsdp", "train.parallel.shard_ranks=2"),
     "hsdp, two copies": ("train.parallel.mode=fsdp", "train.parallel.shard_ranks=1"),
     "fsdp, selective": ("train.parallel.mode=fsdp", "train.parallel.activations=selective"),
-    "fsdp, accumulated": ("train.parallel.mode=fsdp", "train.micro_batch.video=3", "train.micro_batch.image=3"),
+    "fsdp, accumulated": ("train.parallel.mode=fsdp", *MICRO),
+    "fsdp, accumulated in shards": ("train.parallel.mode=fsdp", "train.parallel.reduce_each=true", *MICRO),
 }
 
 
@@ -152,5 +154,7 @@ def test_impossible_settings_are_refused() -> None:
         ParallelConfig(shard_ranks=2)
     with pytest.raises(ValueError, match="must be at least 1"):
         ParallelConfig("fsdp", shard_ranks=0)
+    with pytest.raises(ValueError, match=r"reduce_each=true needs parallel\.mode=fsdp"):
+        ParallelConfig(reduce_each=True)
     with pytest.raises(ValueError, match="must divide the 4 ranks"):
         ParallelConfig("fsdp", shard_ranks=3).check_world(4)

@@ -160,5 +160,6 @@ class Attention(nn.Module):
         """x: [N, D] flat tokens of all groups -> [N, D]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # each [N, A, head_dim]
         q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
+        v = v.contiguous()  # a view would keep the memory of all three until the backward pass
         attend = resolve_backend(self.backend, x.device)
         return self.proj(attend(q, k, v, layout).flatten(1))

@@ -11,6 +11,8 @@ from vjepa.train.diagnostics import AlarmConfig
 from vjepa.train.health import HealthConfig
 from vjepa.train.optim import OptimConfig
 from vjepa.train.parallel import ParallelConfig
+from vjepa.train.profiling import ProfileConfig
+from vjepa.train.watchdog import WatchdogConfig
 
 
 @dataclass
@@ -54,14 +56,19 @@ class TrainConfig:
     threads: int = 1  # CPU threads of each process; two on a loaded 2-core machine were up to 17 times slower
     log_every: int = 10  # steps between rows of metrics.jsonl
     diagnostics_every: int = 100  # steps between collapse diagnostics; the first step has them too
+    collective_timeout_s: float = 600.0  # how long ranks wait for one another before they end with an error
     tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "diagnostics_every", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.collective_timeout_s <= 0:
+            raise ValueError(f"train.collective_timeout_s={self.collective_timeout_s} must be positive")

@@ -29,6 +29,7 @@ class World:
     size: int
     device: torch.device
     group: dist.ProcessGroup | None = None  # of the collectives; None: the default group
+    timeout: timedelta = TIMEOUT  # of one collective
 
     @property
     def is_main(self) -> bool:
@@ -41,10 +42,10 @@ class World:
         """
         if self.size == 1:
             return World(self.rank, self.size, torch.device("cpu"))
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=self.timeout)
         assert isinstance(group, dist.ProcessGroup)  # this rank is one of its members
         _LEFT.append(group)
-        return World(self.rank, self.size, torch.device("cpu"), group)
+        return World(self.rank, self.size, torch.device("cpu"), group, self.timeout)
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over all ranks, in place."""
@@ -115,7 +116,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @contextmanager
-def init_world(device: str = "auto") -> Iterator[World]:
+def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """Join the ranks named by torchrun's or submitit's environment (RANK, WORLD_SIZE, LOCAL_RANK); leave at the end."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -123,9 +124,9 @@ def init_world(device: str = "auto") -> Iterator[World]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, place, timeout=timeout)
     finally:
         if size > 1:
             _LEFT.append(dist.group.WORLD)

@@ -130,7 +130,7 @@ class StepMemory:
         shards = (parallel.shard_ranks or world_size) if is_sharded else 1
         whole, local = self._count(1), self._count(shards)
         moving = {name: series * multiple for name, series in self.per_unit.items()}
-        gradients = self._gradients(whole, local, is_sharded, world_size, num_micro_batches)
+        gradients = self._gradients(whole, local, parallel, world_size, num_micro_batches)
         weights = self.gathered if is_sharded else sum(self.fixed.values())
         assert not isinstance(weights, int)
         total = np.where(self.events, sum(moving.values()) + gradients + weights, -1)
@@ -151,11 +151,17 @@ class StepMemory:
         return self._elements[shards]
 
     def _gradients(
-        self, whole: Elements, local: Elements, is_sharded: bool, world_size: int, num_micro_batches: int
+        self, whole: Elements, local: Elements, parallel: ParallelConfig, world_size: int, num_micro_batches: int
     ) -> Series:
-        """DDP's buckets always exist, accumulated gradients from the second micro-batch on; FSDP keeps those whole."""
-        is_kept = num_micro_batches > 1
-        if is_kept or (world_size > 1 and not is_sharded):
+        """DDP's buckets always exist, accumulated gradients from the second micro-batch on.
+
+        FSDP keeps those whole until they are reduced with the last one, unless it reduces with each.
+        """
+        is_sharded = parallel.mode == "fsdp" and world_size > 1
+        if num_micro_batches > 1:
+            held = local if is_sharded and parallel.reduce_each else whole
+            return np.full_like(self.gradients, FP32 * held.trainable)
+        if world_size > 1 and not is_sharded:
             return np.full_like(self.gradients, FP32 * whole.trainable)
         return self.gradients * local.trainable // whole.trainable
 

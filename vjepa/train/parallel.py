@@ -39,10 +39,13 @@ class ParallelConfig:
     shard_ranks: int | None = None  # ranks that share one copy, the rest replicate it (HSDP); null: all
     activations: Activations = "keep"  # of each block for the backward pass; selective recomputes all but some products
     compile: bool = False  # torch.compile each block
+    reduce_each: bool = False  # fsdp: average gradients with each micro-batch, which keeps them in shards; else once
 
     def __post_init__(self) -> None:
         if self.shard_ranks is not None and self.mode != "fsdp":
             raise ValueError(f"parallel.shard_ranks={self.shard_ranks} needs parallel.mode=fsdp")
+        if self.reduce_each and self.mode != "fsdp":
+            raise ValueError("parallel.reduce_each=true needs parallel.mode=fsdp: ddp has all gradients on every rank")
         if self.shard_ranks is not None and self.shard_ranks < 1:
             raise ValueError(f"parallel.shard_ranks={self.shard_ranks} must be at least 1; null shards over all ranks")
 
@@ -114,7 +117,7 @@ def _shard(objective: JEPA, mesh: DeviceMesh, precision: str) -> None:
 
 @contextmanager
 def gradient_sync(module: nn.Module, *, is_last: bool) -> Iterator[None]:
-    """Gradients are averaged over ranks once, with the last micro-batch of a step."""
+    """Gradients are averaged over ranks where `is_last`: with a step's last micro-batch, or with each of them."""
     if isinstance(module, DistributedDataParallel) and not is_last:
         with module.no_sync():
             yield

@@ -116,7 +116,7 @@ class Recorder:
         self.stop_signal = 0
         self.save_failed = False  # on some rank
         self._pending: StepRecord | None = None
-        self._start_step, self._title = start_step, title
+        self.start_step, self._title = start_step, title
         self._writer: MetricsWriter | None = None
         self._display: ProgressDisplay | None = None
 
@@ -124,9 +124,9 @@ class Recorder:
         """Open the run's files on the main rank."""
         if self.world.is_main:
             self._writer = MetricsWriter(
-                self.run.metrics, start_step=self._start_step, tensorboard=self.config.tensorboard
+                self.run.metrics, start_step=self.start_step, tensorboard=self.config.tensorboard
             )
-            self._display = ProgressDisplay(self.config.steps, self._start_step, title=self._title)
+            self._display = ProgressDisplay(self.config.steps, self.start_step, title=self._title)
 
     def close(self) -> None:
         self._pending = None
@@ -259,7 +259,7 @@ class Recorder:
         self.final_loss = state["final_loss"]
         self.alarms.load_state_dict(state["alarms"])
         self.health.load_state_dict(state["health"])
-        self._start_step = step
+        self.start_step = step
 
 
 def _as_dict(entry: Any) -> dict[str, Any]:

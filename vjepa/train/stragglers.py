@@ -32,12 +32,9 @@ class StepClock:
         self._seconds, self._counts = [0.0, 0.0], [0, 0]
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    @contextmanager
-    def data(self) -> Iterator[None]:
-        """Around one wait for a micro-batch."""
-        begin = time.perf_counter()
-        yield
-        self._add(0, time.perf_counter() - begin)
+    def waited(self, seconds: float) -> None:
+        """Count one wait for a micro-batch."""
+        self._add(0, seconds)
 
     @contextmanager
     def forward(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -27,10 +28,13 @@ from vjepa.train.health import RollBack
 from vjepa.train.levels import level_diagnostics
 from vjepa.train.optim import build_optimizer, set_schedule
 from vjepa.train.parallel import full, full_state, gradient_sync, parallelise
+from vjepa.train.profiling import Profiler
 from vjepa.train.record import Interrupted, Recorder, StepRecord
 from vjepa.train.run_dir import RunDir
 from vjepa.train.saver import Saver
 from vjepa.train.signals import StopFlag
+from vjepa.train.stragglers import StepClock, stragglers
+from vjepa.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 STATE_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -70,6 +74,9 @@ class Trainer:
         self.seconds = 0.0  # spent training, over all segments
         self.roll_backs = 0
         self.detour = 0  # steps' worth of data left out by roll backs: step n takes the data of step n + detour
+        self.clock = StepClock(world.device)
+        self.watchdog = Watchdog(config.watchdog, run.path, world.rank, say=log.warning)
+        self.profiler = Profiler(config.profile, run.path, world.rank, world.device)
         self.saver = Saver(run.checkpoints, config.checkpoint, world)
         self._saved_step = 0
 
@@ -81,7 +88,7 @@ class Trainer:
         Raises Interrupted (after saving), UnsoundStepError, BadDataError or CheckpointError, on all ranks alike.
         """
         stop.is_early = False
-        with closing(self.saver):
+        with closing(self.saver), self.watchdog, self.profiler:
             while True:
                 try:
                     self._run(stop)
@@ -94,7 +101,9 @@ class Trainer:
         self.recorder.open()
         with closing(self.recorder), closing(stream):
             while self.step < self.config.steps:
-                self.recorder.hand_over(self._train_step(stream, stop))
+                record = self._train_step(stream, stop)
+                self.watchdog.beat("numbers", self.step)  # where the host waits for the device
+                self.recorder.hand_over(record)
                 if self.recorder.stop_signal:
                     self.save()
                     self.saver.wait()
@@ -110,17 +119,25 @@ class Trainer:
         started, waited = time.perf_counter(), 0.0
         record = StepRecord(step=self.step + 1, row=self._set_schedules())
         result: Result | None = None
+        for path in self.profiler.step(record.step):
+            self.recorder.message(f"profile: {path}")
         for index in range(self.num_micro_batches):
             result = None  # let go of the last micro-batch's outputs before the next ones are made
+            self._begin("data")
             asked = time.perf_counter()
             micro_batch = next(stream)
-            waited += time.perf_counter() - asked
+            seconds = time.perf_counter() - asked
+            waited += seconds
+            self.clock.waited(seconds)
+            self._begin("forward")
             result = self._forward_backward(micro_batch, is_last=index == self.num_micro_batches - 1)
             record.add(micro_batch, result.metrics, flops=self.objective.flops(micro_batch))
         assert result is not None
         record.is_diagnostic = self._is_diagnostic_step()
+        self._begin("update")
         if record.is_diagnostic:
             record.means = level_diagnostics(result.outputs, self.objective.encoder.levels, self.world)
+            self._name_stragglers()
         grad_norm = self._gradient_norm()
         record.means["grad_norm"] = full(grad_norm)
         record.reduce(self.world, stop, save_failed=self.saver.has_failed)
@@ -132,6 +149,17 @@ class Trainer:
         self.seconds += seconds
         record.row |= {"step_seconds": seconds, "data_wait": waited / seconds}
         return record
+
+    def _begin(self, phase: str) -> None:
+        """A sign of life for the watchdog."""
+        self.watchdog.beat(phase, self.step + 1)
+
+    def _name_stragglers(self) -> None:
+        """Say which ranks kept the others waiting since the last time; collective."""
+        figures, hosts = zip(*self.world.gather_objects((self.clock.drain(), platform.node())), strict=True)
+        if self.step > self.recorder.start_step:  # the first step's wait is for the workers to start
+            for line in stragglers(figures, hosts, self.config.watchdog.straggler_ratio):
+                self.recorder.message(line)
 
     def _set_schedules(self) -> dict[str, float]:
         step, total = self.step, self.config.steps
@@ -145,9 +173,10 @@ class Trainer:
     def _forward_backward(self, micro_batch: MicroBatch, *, is_last: bool) -> Result:
         on_device = {modality: batch.to(self.world.device) for modality, batch in micro_batch.items()}
         bf16 = self.config.precision == "bf16"
-        with gradient_sync(self.module, is_last=is_last):
-            with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
+        with gradient_sync(self.module, is_last=is_last or self.config.parallel.reduce_each):
+            with self.clock.forward(), torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
                 result: Result = self.module(on_device, self.step)
+            self._begin("backward")
             (result.loss / self.num_micro_batches).backward()
         return result
 
@@ -175,6 +204,7 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoint the completed steps, after reading their numbers: what is not sound is never saved."""
+        self.watchdog.beat("save", self.step)
         self.recorder.sync()
         if self._saved_step == self.step:
             return
