@@ -74,7 +74,7 @@ def replay(objective: JEPA, micro_batch: MicroBatch, step: int, precision: str) 
                 alone = _loss(objective, {modality: batch.take(slice(index, index + 1))}, step, precision)
                 clips.append((float(alone), f"{modality}:{key}"))
     clips.sort(key=lambda clip: math.inf if math.isnan(clip[0]) else clip[0], reverse=True)
-    return Replay(float(loss), norms, found[0] if found else None, clips)
+    return Replay(float(loss.detach()), norms, found[0] if found else None, clips)
 
 
 def _loss(objective: JEPA, micro_batch: MicroBatch, step: int, precision: str) -> Tensor:
