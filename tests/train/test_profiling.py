@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,14 @@ def test_steps_that_are_none_are_refused(field: str) -> None:
     numbers = {"start": 1, "steps": 1} | {field: 0}
     with pytest.raises(ValueError, match=f"profile.{field}=0 must be at least 1"):
         ProfileConfig(start=numbers["start"], steps=numbers["steps"])
+
+
+def test_a_run_traces_the_steps_it_is_asked_for_and_says_where(
+    debug_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = debug_run(tmp_path / "run", "train.steps=6", "train.profile.start=3", "train.profile.steps=2")
+    trace = run / "profile" / "rank_0_steps_3-4.json.gz"
+    spans = {event.get("name") for event in events(trace)}
+    assert {"step 3", "step 4"} <= spans
+    assert not {"step 2", "step 5"} & spans
+    assert f"profile: {trace}" in capsys.readouterr().out

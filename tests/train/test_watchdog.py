@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from data_pipeline.dataset import ClipDataset
 from vjepa.train.stragglers import StepClock, stragglers
 from vjepa.train.watchdog import DUMP_SIGNAL, EXIT_HUNG, Watchdog, WatchdogConfig
 
@@ -288,3 +290,30 @@ def test_the_step_clock_times_the_device_on_cuda() -> None:
                 x = (x @ x).tanh()
     torch.cuda.synchronize()
     assert clock.drain()[1] > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------- in a training run
+
+
+def test_a_run_whose_data_stops_coming_leaves_stacks_and_goes_on(
+    debug_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = ClipDataset._load
+
+    def slow(self: ClipDataset, modality: str, ordinal: int, *rest: Any) -> Any:
+        if (modality, ordinal) == ("video", 30):
+            time.sleep(1.5)
+        return load(self, modality, ordinal, *rest)
+
+    monkeypatch.setattr(ClipDataset, "_load", slow)
+    limits = ("train.watchdog.dump_after_s=0.5", "train.watchdog.abort_after_s=120")
+    run = debug_run(tmp_path / "run", "train.steps=5", *limits)
+    told = (run / "stacks" / "rank_0.txt").read_text()
+    assert "in data of step 3" in told
+    assert "in slow" in told, "the stack says where"
+    assert (run / "summary.json").is_file()
+
+
+def test_a_healthy_run_leaves_no_stacks(debug_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = debug_run(tmp_path / "run", "train.steps=3")
+    assert (run / "stacks" / "rank_0.txt").read_text() == ""
