@@ -129,3 +129,19 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_its_samples(
     assert len(told["keys"]["1"]) == 12
     assert [row["step"] for row in rows(out / "poisoned")] == [1, 2]
     assert not (out / "poisoned" / "checkpoints").exists()
+
+
+def test_what_one_rank_cannot_use_both_skip_or_go_back_from(troubles: tuple[Path, Outcomes]) -> None:
+    out, outcomes = troubles
+    for policy in ("skip", "roll_back"):
+        assert [rank[policy] for rank in outcomes] == [[0, ""], [0, ""]]
+        assert [row["step"] for row in rows(out / policy)] == list(range(1, 21))
+        incident = json.loads((out / policy / "incidents" / "step_00000008" / "incident.json").read_text())
+        assert list(incident["keys"]) == ["1"]
+        assert (out / policy / "incidents" / "step_00000008" / "rank_1.pt").is_file()
+    assert [row["step"] for row in rows(out / "skip") if "skipped" in row] == [8]
+    meta = json.loads((out / "roll_back" / "checkpoints" / "step_00000020" / "meta.json").read_text())
+    assert (meta["roll_backs"], meta["detour"]) == (1, 3)
+    first, second = (rank["weights"][1].split() for rank in outcomes)
+    assert first == second, "each rank's own copy is the other's"
+    assert len(set(first)) == 2

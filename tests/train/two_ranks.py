@@ -9,17 +9,22 @@ import io
 import json
 import os
 import sys
+from collections.abc import Container, Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from launch.config import load_config
 from launch.train import run
-from vjepa.objectives.terms import MaskedPrediction
+from tests.train.elastic import digest
+from vjepa.objectives.terms import MaskedPrediction, Outputs
 from vjepa.train import run_dir
 from vjepa.train.distributed import leave_process
+from vjepa.train.signals import StopFlag
+from vjepa.train.trainer import Trainer
 
 
 def attempt(folder: Path, *overrides: str, resume: bool = False) -> tuple[int, str]:
@@ -33,17 +38,34 @@ def attempt(folder: Path, *overrides: str, resume: bool = False) -> tuple[int, s
     return status, errors.getvalue()
 
 
-def poison(rank: int, step: int) -> None:
-    """Make the loss of one rank not finite from one step on."""
+@contextlib.contextmanager
+def poisoned(rank: int, steps: Container[int]) -> Iterator[None]:
+    """Make the loss of one rank not finite in some steps, counted from 1 within this context."""
     term, calls = MaskedPrediction.__call__, 0
 
-    def poisoned(self: MaskedPrediction, outputs):
+    def poison(self: MaskedPrediction, outputs: Outputs) -> Tensor:
         nonlocal calls
         calls += outputs.modality == "video"
-        is_hit = int(os.environ["RANK"]) == rank and calls >= step
+        is_hit = int(os.environ["RANK"]) == rank and calls in steps
         return term(self, outputs) * (torch.nan if is_hit else 1.0)
 
-    MaskedPrediction.__call__ = poisoned
+    MaskedPrediction.__call__ = poison
+    yield
+    MaskedPrediction.__call__ = term
+
+
+@contextlib.contextmanager
+def noting_weights(found: list[str]) -> Iterator[None]:
+    """Note a digest of this rank's own copy of everything that was trained, at the end of each run."""
+    fit = Trainer.fit
+
+    def noted(self: Trainer, stop: StopFlag) -> None:
+        fit(self, stop)
+        found.append(digest(self.objective.state_dict()))
+
+    Trainer.fit = noted
+    yield
+    Trainer.fit = fit
 
 
 def main() -> None:
@@ -58,8 +80,13 @@ def main() -> None:
         "held": attempt(out / "held", resume=True),
         "uneven": attempt(out / "uneven", "train.batch.video=13", "mask.group.video=13"),
     }
-    poison(rank=1, step=3)
-    outcomes["poisoned"] = attempt(out / "poisoned")
+    with poisoned(rank=1, steps=range(3, 100)):
+        outcomes["poisoned"] = attempt(out / "poisoned")
+    digests: list[str] = []
+    for policy in ("skip", "roll_back"):
+        with poisoned(rank=1, steps=[8]), noting_weights(digests):
+            outcomes[policy] = attempt(out / policy, f"train.health.non_finite={policy}")
+    outcomes["weights"] = (0, " ".join(digests))
     (out / f"rank{rank}.json").write_text(json.dumps(outcomes))
     leave()
     leave_process(0)
