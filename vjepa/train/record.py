@@ -66,6 +66,7 @@ class StepRecord:
     clips: int = 0
     tokens: int = 0  # of all clips, masked or not
     flops: int = 0
+    waited: float = 0.0  # seconds, for data
     num_micro_batches: int = 0
     is_diagnostic: bool = False
     own_loss: Tensor | None = None  # of this rank

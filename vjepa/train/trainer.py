@@ -116,20 +116,14 @@ class Trainer:
             self.saver.wait()
 
     def _train_step(self, stream: Iterator[MicroBatch], stop: StopFlag) -> StepRecord:
-        started, waited = time.perf_counter(), 0.0
+        started = time.perf_counter()
         record = StepRecord(step=self.step + 1, row=self._set_schedules())
         result: Result | None = None
         for path in self.profiler.step(record.step):
             self.recorder.message(f"profile: {path}")
         for index in range(self.num_micro_batches):
             result = None  # let go of the last micro-batch's outputs before the next ones are made
-            self._begin("data")
-            asked = time.perf_counter()
-            micro_batch = next(stream)
-            seconds = time.perf_counter() - asked
-            waited += seconds
-            self.clock.waited(seconds)
-            self._begin("forward")
+            micro_batch = self._take(stream, record)
             result = self._forward_backward(micro_batch, is_last=index == self.num_micro_batches - 1)
             record.add(micro_batch, result.metrics, flops=self.objective.flops(micro_batch))
         assert result is not None
@@ -147,8 +141,19 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        record.row |= {"step_seconds": seconds, "data_wait": waited / seconds}
+        record.row |= {"step_seconds": seconds, "data_wait": record.waited / seconds}
         return record
+
+    def _take(self, stream: Iterator[MicroBatch], record: StepRecord) -> MicroBatch:
+        """The next micro-batch; how long it let us wait is counted."""
+        self._begin("data")
+        asked = time.perf_counter()
+        micro_batch = next(stream)
+        seconds = time.perf_counter() - asked
+        record.waited += seconds
+        self.clock.waited(seconds)
+        self._begin("forward")
+        return micro_batch
 
     def _begin(self, phase: str) -> None:
         """A sign of life for the watchdog."""
