@@ -38,7 +38,7 @@ from vjepa.train import checkpoint
 from vjepa.train.run_dir import RunDir
 
 NUM_PICTURED = 4  # clips in the picture of predicted masks
-TARGET = "target.encoder"  # where a checkpoint keeps what is exported
+EXPORTED = {"ema": "target.encoder", "online": "encoder"}  # where a checkpoint keeps it, by objective.target
 
 
 class EvaluationError(ValueError):
@@ -176,13 +176,13 @@ def _source(job: Job, config: RunConfig) -> FeatureSource:
 
 
 def _encoder(job: Job, config: RunConfig) -> Encoder:
-    """The exported encoder, the one the run started from, or the target of one of its checkpoints."""
+    """The exported encoder, the one the run started from, or that of one of its checkpoints."""
     if job.model == TRAINED and job.step is None:
         return from_pretrained(job.run / "exports" / config.stage)
     encoder, _ = build_models(config.model, config.predictor, seed=config.train.seed)
     if job.step is not None:
         path = checkpoint.checkpoint_path(RunDir(job.run).checkpoints, job.step)
-        checkpoint.load_module(path, encoder, TARGET)
+        checkpoint.load_module(path, encoder, EXPORTED[config.objective.target])
     return encoder
 
 

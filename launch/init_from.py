@@ -26,9 +26,9 @@ def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE
         return f"encoder, predictor and target of {saved}"
     if path.is_file() or (path / CONFIG).is_file():
         weights = from_pretrained(path).state_dict()
-        for encoder in (objective.encoder, objective.target.encoder):
+        for encoder in {objective.encoder, objective.exported}:
             load_strict(encoder, weights, source=str(path))
-        return f"encoder and target of {path}"
+        return f"{'encoder' if objective.target is None else 'encoder and target'} of {path}"
     raise ConfigError(
         f"init_from={path} is no run with a checkpoint, no exported folder (RUN/exports/STAGE) and no released .pt file"
     )

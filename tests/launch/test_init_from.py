@@ -38,7 +38,7 @@ def test_a_run_gives_encoder_predictor_and_target(source: Path) -> None:
     said = load_initial_weights(filled, source)
     assert said == f"encoder, predictor and target of {source / 'checkpoints/step_00000002'}"
     exported = vjepa.from_pretrained(source / "exports/primary").state_dict()
-    target, encoder = filled.target.encoder.state_dict(), filled.encoder.state_dict()
+    target, encoder = filled.exported.state_dict(), filled.encoder.state_dict()
     assert all(torch.equal(target[name], exported[name]) for name in exported)
     assert not torch.equal(encoder["blocks.0.mlp.fc1.weight"], target["blocks.0.mlp.fc1.weight"]), "two sets of weights"
     name = "predictor.masked_head.weight"
@@ -52,7 +52,7 @@ def test_exported_weights_fill_encoder_and_target_and_leave_the_predictor(source
     filled, fresh = objective(), objective()
     assert load_initial_weights(filled, source / "exports/primary") == f"encoder and target of {source}/exports/primary"
     exported = vjepa.from_pretrained(source / "exports/primary").state_dict()
-    for encoder in (filled.encoder, filled.target.encoder):
+    for encoder in (filled.encoder, filled.exported):
         assert all(torch.equal(value, exported[name]) for name, value in encoder.state_dict().items())
     before = fresh.predictor.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in filled.predictor.state_dict().items())

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import vjepa
 from tests.masking.test_collate import FakeSample
-from vjepa.batch import Batch, Mask, Modality
+from vjepa.batch import Batch, Mask, Modality, normalise
 from vjepa.config import ModelConfig, PredictorSettings, build_models
 from vjepa.masking.collate import MaskCollator, MaskConfig
+from vjepa.nn.encoder import View
 from vjepa.objectives import JEPA, ObjectiveConfig, build_terms
 from vjepa.objectives.jepa import freeze_unused
 from vjepa.objectives.targets import EmaTarget, normalise_levels
@@ -112,7 +113,7 @@ def test_every_trainable_parameter_gets_a_gradient_even_while_lambda_is_zero() -
     model(micro_batch("video", "image"), 0).loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
-    assert not any(p.requires_grad for p in model.target.parameters())
+    assert not any(p.requires_grad for p in model.exported.parameters())
 
 
 @pytest.mark.parametrize("modality", ["video", "image"])
@@ -172,3 +173,32 @@ def test_mask_losses_are_averaged_over_masks_not_over_tokens() -> None:
     ]
     assert each[0].item() != pytest.approx(each[1].item(), abs=1e-7)
     assert MaskedPrediction()(outputs).item() == pytest.approx(torch.stack(each).mean().item())
+
+
+# ---------------------------------------------------------------------------------------------------- online targets
+
+
+def test_an_online_target_is_the_encoder_itself_in_the_same_pass() -> None:
+    model, batch = objective(target="online"), micro_batch("video", "image")
+    outputs = model(batch, 0).outputs
+    for modality, output in outputs.items():
+        assert output.whole is not None
+        [[tokens]] = model.encoder.forward_levels([View(normalise(batch[modality].clips))])
+        torch.testing.assert_close(output.whole, tokens)
+        torch.testing.assert_close(output.target, normalise_levels(tokens, len(model.encoder.levels)))
+    assert model.target is None
+    assert model.exported is model.encoder
+    assert model.momentum_at(0, 10) is None
+    assert not [name for name in model.state_dict() if name.startswith("target")]
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_gradient_flows_through_an_online_target_unless_it_is_stopped(stop_gradient: bool) -> None:
+    model = objective(target="online", stop_gradient=stop_gradient)
+    output = model(micro_batch("video"), 0).outputs["video"]
+    assert output.target.requires_grad is not stop_gradient
+
+
+def test_stopping_a_gradient_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective\.stop_gradient=true is for target=online"):
+        ObjectiveConfig(stop_gradient=True)

@@ -36,7 +36,7 @@ def witness(run_dir: Path, shards: Path, *arguments: str) -> Witness:
 
     def watched(self: Trainer, stop: StopFlag) -> None:
         seen.target = digest(self.export_state())
-        seen.held = sum(_local(tensor).numel() for tensor in self.objective.target.encoder.parameters())
+        seen.held = sum(_local(tensor).numel() for tensor in self.objective.exported.parameters())
         self.objective.register_forward_pre_hook(see)
         fit(self, stop)
 

@@ -241,7 +241,7 @@ def test_features_that_are_not_finite_stop_a_step_with_diagnostics_by_name(
     def poisoned(self: JEPA, micro_batch: Any, step: int) -> Any:
         if step == 9:
             with torch.no_grad():
-                next(self.target.encoder.parameters()).fill_(float("nan"))
+                next(self.exported.parameters()).fill_(float("nan"))
         return forward(self, micro_batch, step)
 
     monkeypatch.setattr(JEPA, "forward", poisoned)

@@ -14,7 +14,7 @@ from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, predictor_flops
 from vjepa.nn.init import WEIGHT_STD, initialise
 from vjepa.nn.predictor import Predictor, Query
-from vjepa.objectives.targets import EmaTarget
+from vjepa.objectives.targets import EmaTarget, normalise_levels
 from vjepa.objectives.terms import Outputs, Term, build_terms
 from vjepa.schedules import interpolate
 
@@ -27,7 +27,8 @@ def _default_terms() -> dict[str, Any]:
 class ObjectiveConfig:
     """What is learned."""
 
-    target: Literal["ema", "frozen", "online"] = "ema"  # who supplies the targets
+    target: Literal["ema", "frozen", "online"] = "ema"  # who supplies the targets: see vjepa/objectives/targets.py
+    stop_gradient: bool = False  # online only: no gradient through the targets; ema and frozen have none
     momentum: float = 0.99925  # of the EMA target at step 0
     momentum_end: float | None = None  # at the last step, linear in between; null keeps it constant
     video_weight: float = 0.5  # share of video in the loss, as the reference's half of the ranks
@@ -35,8 +36,10 @@ class ObjectiveConfig:
     terms: dict[str, Any] = field(default_factory=_default_terms)  # NAME: options, see vjepa/objectives/terms.py
 
     def __post_init__(self) -> None:
-        if self.target != "ema":
-            raise ValueError(f"objective.target={self.target} is not built yet: only ema is (frozen and online follow)")
+        if self.target == "frozen":
+            raise ValueError("objective.target=frozen is not built yet: choose ema or online")
+        if self.stop_gradient and self.target != "online":
+            raise ValueError(f"objective.stop_gradient=true is for target=online; {self.target} has no gradient anyway")
         for name in ("momentum", "momentum_end"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -66,21 +69,32 @@ class JEPA(nn.Module):
         self.terms: Mapping[str, Term] = build_terms(config.terms)
         self.encoder = encoder
         self.predictor = predictor
-        self.target = EmaTarget(encoder)
+        self.target = EmaTarget(encoder) if config.target == "ema" else None
+
+    @property
+    def exported(self) -> Encoder:
+        """The encoder that a run is made for: the target where there is one, otherwise the one that is trained."""
+        return self.target.encoder if self.target is not None else self.encoder
 
     def initialise(self, *, seed: int, weight_std: float = WEIGHT_STD) -> None:
         """Fill every parameter, whole or in shards, from the seed; the target begins as the encoder."""
         initialise(self.encoder, scope="encoder", seed=seed, weight_std=weight_std)
         initialise(self.predictor, scope="predictor", seed=seed, weight_std=weight_std)
-        self.target.start_from(self.encoder)
+        if self.target is not None:
+            self.target.start_from(self.encoder)
 
     def forward(self, micro_batch: MicroBatch, step: int) -> Result:
-        """All masks of all modalities in one pass of encoder, predictor and target."""
+        """All masks of all modalities in one pass of encoder, predictor and target; online: whole clips with them."""
         batches = [micro_batch[modality] for modality in MODALITIES if modality in micro_batch]
         clips = [normalise(batch.clips) for batch in batches]
-        targets = self.target(clips)
-        views = [View(x, tuple(mask.context for mask in b.masks)) for x, b in zip(clips, batches, strict=True)]
-        contexts = self.encoder.forward_levels(views)
+        targets = self.target(clips) if self.target is not None else []  # first: nothing else is in memory yet
+        views = [
+            View(x, (*(mask.context for mask in b.masks), *self._whole)) for x, b in zip(clips, batches, strict=True)
+        ]
+        encoded = self.encoder.forward_levels(views)
+        contexts = [tokens[: len(b.masks)] for tokens, b in zip(encoded, batches, strict=True)]
+        wholes = [tokens[-1] if self._whole else None for tokens in encoded]
+        targets = targets or [self._own_target(whole) for whole in wholes if whole is not None]
         queries = [
             Query(tokens, mask.context, mask.masked, batch.grid, batch.modality)
             for batch, tokens_per_mask in zip(batches, contexts, strict=True)
@@ -88,7 +102,7 @@ class JEPA(nn.Module):
         ]
         predictions = iter(self.predictor.forward_queries(queries))
         outputs: dict[Modality, Outputs] = {}
-        for batch, context, target in zip(batches, contexts, targets, strict=True):
+        for batch, context, whole, target in zip(batches, contexts, wholes, targets, strict=True):
             predicted, visible = zip(*(next(predictions) for _ in batch.masks), strict=True)
             outputs[batch.modality] = Outputs(
                 modality=batch.modality,
@@ -99,8 +113,19 @@ class JEPA(nn.Module):
                 predicted=list(predicted),
                 visible=list(visible),
                 target=target,
+                whole=whole,
+                step=step,
             )
         return self._sum(outputs, step)
+
+    @property
+    def _whole(self) -> tuple[None, ...]:
+        """The view of all tokens, where the encoder itself supplies the targets."""
+        return () if self.target is not None else (None,)
+
+    def _own_target(self, whole: Tensor) -> Tensor:
+        """The encoder's own tokens [B, N, L*D] as targets."""
+        return normalise_levels(whole.detach() if self.config.stop_gradient else whole, len(self.encoder.levels))
 
     def _sum(self, outputs: dict[Modality, Outputs], step: int) -> Result:
         total_weight = sum(self.config.modality_weight(modality) for modality in outputs)
@@ -123,14 +148,17 @@ class JEPA(nn.Module):
         for batch in micro_batch.values():
             counts = [(mask.context.shape[1], mask.masked.shape[1]) for mask in batch.masks]
             where = (batch.grid, batch.modality, len(batch))
-            contexts = [context for context, _ in counts]
-            total += encoder_flops(self.target.encoder.config, *where, [None])
+            contexts = [*(context for context, _ in counts), *self._whole]
+            if self.target is not None:
+                total += encoder_flops(self.target.encoder.config, *where, [None])
             total += FORWARD_BACKWARD * encoder_flops(self.encoder.config, *where, contexts)
             total += FORWARD_BACKWARD * predictor_flops(self.predictor.config, len(batch), counts)
         return total
 
-    def momentum_at(self, step: int, total_steps: int) -> float:
-        """The target's momentum in the update numbered `step` from 0."""
+    def momentum_at(self, step: int, total_steps: int) -> float | None:
+        """The target's momentum in the update numbered `step` from 0; None where no target follows the encoder."""
+        if self.target is None:
+            return None
         return interpolate(self.config.momentum, self.config.momentum_end, step, total_steps)
 
     def weights_at(self, step: int, modalities: list[Modality]) -> dict[str, float]:
@@ -139,7 +167,9 @@ class JEPA(nn.Module):
 
     def update_target(self, step: int, total_steps: int) -> None:
         """After the optimizer's step: move the target towards the encoder."""
-        self.target.update(self.encoder, self.momentum_at(step, total_steps))
+        momentum = self.momentum_at(step, total_steps)
+        if self.target is not None and momentum is not None:
+            self.target.update(self.encoder, momentum)
 
 
 def freeze_unused(objective: JEPA, modalities: list[Modality]) -> list[str]:

@@ -1,5 +1,7 @@
 """Who supplies the features to be predicted.
 
+`online`: the encoder itself, in the same pass as its context views; gradient flows through the targets unless it is
+stopped. Alone it collapses, with or without (collapse-prevention 5a): a term on the embeddings must hold it up.
 `ema`: a copy of the encoder that follows it by an exponential moving average (V-JEPA 2.1, reference 1.6 and 4.3).
 Targets are its levels, each layer-normed once more without affine parameters, in fp32 and without gradient.
 """

@@ -29,7 +29,9 @@ class Outputs:
     context: list[Tensor]  # context encoder's tokens, [B, K, L*D]
     predicted: list[Tensor]  # predictions at masked places, [B, M, L*D]
     visible: list[Tensor | None]  # predictions at context places, [B, K, L*D]
-    target: Tensor  # [B, N, L*D] fp32, no gradient
+    target: Tensor  # [B, N, L*D] fp32, layer-normed by level; no gradient but from an online target
+    whole: Tensor | None = None  # the encoder's own tokens of the whole clip, [B, N, L*D], where the target is online
+    step: int = 0  # of training, from 0
 
 
 class Term(Protocol):

@@ -73,7 +73,7 @@ def count_elements(objective: JEPA, shards: int = 1) -> Elements:
     models = (objective.encoder, objective.predictor)
     return Elements(
         model=sum(map(total, models)),
-        target=total(objective.target),
+        target=0 if objective.target is None else total(objective.target),
         trainable=sum(total(model, is_trainable=True) for model in models),
     )
 

@@ -242,8 +242,9 @@ def _forward_backward(jepa: JEPA, micro_batch: dict[Modality, Batch], counter: L
 
 def _mark_sections(jepa: JEPA, counter: LiveBytes) -> None:
     """Let hooks tell the counter which part of the step runs; gradients are counted under their block's name."""
-    counter.section = "target"
-    jepa.target.register_forward_hook(lambda *_: _enter(counter, "encoder embed"))
+    counter.section = "encoder embed" if jepa.target is None else "target"
+    if jepa.target is not None:
+        jepa.target.register_forward_hook(lambda *_: _enter(counter, "encoder embed"))
     for stack, blocks, after in (
         (Stack("encoder", len(jepa.encoder.blocks)), jepa.encoder.blocks, "encoder levels"),
         (Stack("predictor", len(jepa.predictor.blocks)), jepa.predictor.blocks, "heads and losses"),

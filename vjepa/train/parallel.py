@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from vjepa.nn.encoder import Encoder
+from vjepa.nn.predictor import Predictor
 from vjepa.objectives.jepa import JEPA
 from vjepa.train.distributed import World
 
@@ -76,7 +78,7 @@ def parallelise(
         for block in stack.blocks:
             _recompute(block, config.activations)
     if config.compile:
-        for stack in (objective.encoder, objective.predictor, objective.target.encoder):
+        for stack in _stacks(objective).values():
             for block in stack.blocks:
                 block.compile(backend=COMPILER, dynamic=True)  # context lengths change from step to step
     is_sharded = config.mode == "fsdp" and world.size > 1
@@ -89,6 +91,12 @@ def parallelise(
         return objective
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def _stacks(objective: JEPA) -> dict[str, Encoder | Predictor]:
+    """What holds blocks."""
+    stacks: dict[str, Encoder | Predictor] = {"encoder": objective.encoder, "predictor": objective.predictor}
+    return stacks if objective.target is None else stacks | {"target": objective.target.encoder}
 
 
 def _mesh(config: ParallelConfig, world: World) -> DeviceMesh:
@@ -106,8 +114,7 @@ def _shard(objective: JEPA, mesh: DeviceMesh, precision: str) -> None:
     """
     computed = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32 if computed else None)
-    stacks = {"encoder": objective.encoder, "predictor": objective.predictor, "target": objective.target.encoder}
-    for name, stack in stacks.items():
+    for name, stack in _stacks(objective).items():
         for block in stack.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # The target has no backward pass that would free its root: gathered parameters would meet the EMA.

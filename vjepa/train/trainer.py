@@ -169,7 +169,8 @@ class Trainer:
     def _set_schedules(self) -> dict[str, float]:
         step, total = self.step, self.config.steps
         row = set_schedule(self.optimizer, self.config.optim, step, total)
-        row["momentum"] = self.objective.momentum_at(step, total)
+        if (momentum := self.objective.momentum_at(step, total)) is not None:
+            row["momentum"] = momentum
         return row | self.objective.weights_at(step, list(self.config.batch.as_dict()))
 
     def _is_diagnostic_step(self) -> bool:
@@ -202,8 +203,8 @@ class Trainer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def export_state(self) -> dict[str, Tensor]:
-        """The target encoder's weights, whole, on the main rank ({} on others); all ranks must call it."""
-        return full_state(self.objective.target.encoder)
+        """The exported encoder's weights, whole, on the main rank ({} on others); all ranks must call it."""
+        return full_state(self.objective.exported)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
