@@ -34,7 +34,7 @@ class ModelConfig:
     """The encoder by name, with what may differ from the named size."""
 
     name: str = "vit_large"  # one of vjepa.list_models()
-    levels: list[int] | None = None  # supervised blocks counted from 1, as in the paper; null: four equally spaced
+    levels: list[int] | None = None  # supervised blocks, from 1; -1: the last; null: four equally spaced
     patch_size: int = 16  # pixels
     tubelet_size: int = 2  # frames
     rope: RopeLayout = "interleaved"  # tiled only for V-JEPA 2 weights
@@ -49,16 +49,17 @@ class ModelConfig:
     num_heads: int | None = None  # in place of the named size's
 
     def __post_init__(self) -> None:
-        if self.levels is not None and min(self.levels, default=0) < 1:
+        if self.levels is not None and any(level < 1 and level != -1 for level in self.levels or [0]):
             raise ValueError(
                 f"model.levels={self.levels}: recipes count blocks from 1 as the paper does ([12, 24, 36, 48]); only "
                 "Python's levels=... counts from 0"
             )
 
     def encoder_config(self) -> EncoderConfig:
+        whole = model_config(self.name, depth=self.depth)  # refuses an unknown name
         return model_config(
             self.name,
-            levels=None if self.levels is None else [level - 1 for level in self.levels],
+            levels=None if self.levels is None else [(whole.depth if n == -1 else n) - 1 for n in self.levels],
             patch_size=self.patch_size,
             tubelet_size=self.tubelet_size,
             rope=self.rope,

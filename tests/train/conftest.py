@@ -1,7 +1,7 @@
 """A debug run inside the test process, on shards that all tests share."""
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,17 @@ def debug_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def debug_run(debug_shards: Path) -> DebugRun:
     """`debug_run(run_dir, "key=value", ..., resume=False)` trains the debug recipe and returns the run's folder."""
 
-    def run(run_dir: Path, *overrides: str, resume: bool = False, stop: StopFlag | None = None) -> Path:
+    def run(
+        run_dir: Path,
+        *overrides: str,
+        resume: bool = False,
+        stop: StopFlag | None = None,
+        options: Sequence[str] = (),
+    ) -> Path:
         sources = [f"data.{modality}.sources.debug.path={debug_shards}" for modality in ("video", "image")]
         wanted = ["data.workers=0", f"run_dir={run_dir}", *sources, *overrides]
-        train(load_config("debug", "primary", wanted), resume=resume, stop=stop or StopFlag())
+        config = load_config("debug", "primary", wanted, options=options)
+        train(config, resume=resume, stop=stop or StopFlag())
         return run_dir
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from vjepa.nn.predictor import Predictor, Query
 from vjepa.objectives.targets import EmaTarget, normalise_levels
 from vjepa.objectives.terms import Outputs, Term, build_terms
 from vjepa.schedules import interpolate
+
+log = logging.getLogger(__name__)
+USUAL_MOMENTUM = (0.99, 0.9999)
 
 
 def _default_terms() -> dict[str, Any]:
@@ -44,8 +48,22 @@ class ObjectiveConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"objective.{name}={value} must be between 0 and 1")
+        if self.target == "ema":
+            self._warn_of_momentum()
         if min(self.video_weight, self.image_weight) < 0 or self.video_weight + self.image_weight == 0:
             raise ValueError("objective.video_weight and image_weight must not be negative, and not both 0")
+
+    def _warn_of_momentum(self) -> None:
+        low, high = USUAL_MOMENTUM
+        is_ramp = self.momentum_end is not None and self.momentum_end > self.momentum  # I-JEPA's ends at 1
+        unusual = [value for value in (self.momentum, self.momentum_end) if value is not None and value < low]
+        unusual += [self.momentum] if self.momentum > high and not is_ramp else []
+        for value in unusual:
+            log.warning(
+                "objective.momentum=%g is outside %g to %g, where EMA targets are known to learn: explore 0.99 to "
+                "0.9995, above 0.999 for video; larger batches bear lower values",
+                *(value, low, high),
+            )
 
     def modality_weight(self, modality: Modality) -> float:
         return self.video_weight if modality == "video" else self.image_weight
