@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,11 @@ def run_locally(config: RunConfig, *, resume: bool) -> int:
         gpus_per_node=torch.cuda.device_count(),
         stderr_to_stdout=True,
     )
-    with _environment(), _ignoring_interrupts():
-        job = executor.submit(LocalTask(config, resume=resume, owner=os.getpid()))
-    with _forwarding_signals(job) as received:
+    with ExitStack() as signals:  # from one way of taking an interrupt to the next without a moment of neither
+        signals.enter_context(_ignoring_interrupts())
+        with _environment():
+            job = executor.submit(LocalTask(config, resume=resume, owner=os.getpid()))
+        received = signals.enter_context(_forwarding_signals(job))
         _follow(job, run_dir, config)
     return _status(job, processes, received)
 

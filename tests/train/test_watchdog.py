@@ -155,11 +155,13 @@ def test_forked_children_and_later_starts_do_not_inherit_the_end(tmp_path: Path)
             if not child:
                 time.sleep(1.5)
                 sys.exit(5)
-            for step in range(1, 50):
+            step, status = 0, (0, 0)
+            while worker.is_alive() or not status[0]:
+                step += 1
                 dog.beat("forward", step)
+                status = status if status[0] else os.waitpid(child, os.WNOHANG)
                 time.sleep(0.04)
-            worker.join()
-            print(worker.exitcode, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            print(worker.exitcode, os.waitstatus_to_exitcode(status[1]))
         time.sleep(1.5)
         with watchdog(0.5, 1.0) as dog:
             dog.beat("save", 50)
