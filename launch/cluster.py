@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,11 @@ def run_locally(config: RunConfig, *, resume: bool) -> int:
         gpus_per_node=torch.cuda.device_count(),
         stderr_to_stdout=True,
     )
-    with ExitStack() as signals:  # from one way of taking an interrupt to the next without a moment of neither
-        signals.enter_context(_ignoring_interrupts())
-        with _environment():
-            job = executor.submit(LocalTask(config, resume=resume, owner=os.getpid()))
-        received = signals.enter_context(_forwarding_signals(job))
-        _follow(job, run_dir, config)
+    received: list[int] = []
+    with _ignoring_interrupts(received), _environment():
+        job = executor.submit(LocalTask(config, resume=resume, owner=os.getpid()))
+        with _forwarding_signals(job, received):
+            _follow(job, run_dir, config)
     return _status(job, processes, received)
 
 
@@ -104,22 +103,25 @@ def _environment() -> Iterator[None]:
 
 
 @contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """submitit's controller, started within, inherits this: at Ctrl-C it would kill its tasks before they saved."""
+def _ignoring_interrupts(received: list[int]) -> Iterator[None]:
+    """submitit's controller, started within, inherits this: at Ctrl-C it would kill its tasks before they saved.
+
+    It stays where a signal was received: this process is about to end, and a further one must not change its status.
+    """
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if not received:
+            signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
-def _forwarding_signals(job: Any) -> Iterator[list[int]]:
+def _forwarding_signals(job: Any, received: list[int]) -> Iterator[None]:
     """First Ctrl-C or SIGTERM: the run saves and stops. Second: it is killed; its last checkpoint stays.
 
-    Yields the signals received.
+    What is received is noted.
     """
-    received: list[int] = []
 
     def forward(signum: int, frame: object) -> None:
         received.append(signum)
@@ -130,7 +132,7 @@ def _forwarding_signals(job: Any) -> Iterator[list[int]]:
 
     previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
