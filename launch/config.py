@@ -15,7 +15,7 @@ from evals.suites import SUITES
 from vjepa.config import ConfigError, ModelConfig, PredictorSettings, config_hash, merge, read_recipe, to_object
 from vjepa.masking.collate import MaskConfig, micro_batches_per_step
 from vjepa.objectives import ObjectiveConfig
-from vjepa.objectives.terms import build_terms
+from vjepa.objectives.terms import WholeBatchTerm, build_terms
 from vjepa.train.config import TrainConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -87,7 +87,7 @@ class RunConfig:
 
     def check(self, world: int = 1, *, needs_sources: bool = True) -> int:
         """Refuse combinations that no single field can see; the micro-batches per step and rank."""
-        build_terms(self.objective.terms)
+        terms = build_terms(self.objective.terms)
         encoder = self.model.encoder_config()
         for modality, clip in (("video", self.data.video.clip), ("image", self.data.image.clip)):
             if clip.size % encoder.patch_size:
@@ -103,9 +103,17 @@ class RunConfig:
             raise ConfigError("; ".join(missing))
         batch, micro_batch = self.train.batch.as_dict(), self.train.micro_batch.as_dict()
         try:
-            return micro_batches_per_step(self.mask, batch=batch, world=world, micro_batch=micro_batch)
+            count = micro_batches_per_step(self.mask, batch=batch, world=world, micro_batch=micro_batch)
         except ValueError as error:
             raise ConfigError(f"train.{error}" if str(error).startswith("batch") else str(error)) from error
+        whole = [name for name, term in terms.items() if isinstance(term, WholeBatchTerm)]
+        if whole and count > 1:
+            raise ConfigError(
+                f"objective.terms.{whole[0]} looks at the statistics of a step's whole batch, which do not add up over "
+                f"{count} micro-batches: use {count} times as many ranks, a smaller train.batch, or mask groups and "
+                "train.micro_batch as large as a rank's share"
+            )
+        return count
 
     def suites(self) -> dict[str, SuiteConfig]:
         """What `python -m launch.evaluate` asks the frozen encoder."""

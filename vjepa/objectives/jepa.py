@@ -15,8 +15,9 @@ from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, predictor_flops
 from vjepa.nn.init import WEIGHT_STD, initialise
 from vjepa.nn.predictor import Predictor, Query
+from vjepa.objectives.regularisers import Regulariser
 from vjepa.objectives.targets import EmaTarget, normalise_levels
-from vjepa.objectives.terms import Outputs, Term, build_terms
+from vjepa.objectives.terms import Outputs, Term, WholeBatchTerm, build_terms
 from vjepa.schedules import interpolate
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,25 @@ class JEPA(nn.Module):
     def __init__(self, config: ObjectiveConfig, encoder: Encoder, predictor: Predictor) -> None:
         super().__init__()
         self.config = config
-        self.terms: Mapping[str, Term] = build_terms(config.terms)
+        self.heads = nn.ModuleDict()  # the terms that have modules of their own
+        self.terms: Mapping[str, Term] = self._build_terms(encoder)
         self.encoder = encoder
         self.predictor = predictor
         self.target = EmaTarget(encoder) if config.target == "ema" else None
+
+    def _build_terms(self, encoder: Encoder) -> dict[str, Term]:
+        terms = build_terms(self.config.terms)
+        for name, term in terms.items():
+            if isinstance(term, WholeBatchTerm):
+                terms[name] = self.heads[name] = term.build(encoder.config)
+        if not next(encoder.parameters()).is_meta:
+            self._initialise_heads(seed=0)
+        return terms
+
+    def _initialise_heads(self, *, seed: int, weight_std: float = WEIGHT_STD) -> None:
+        for name, head in self.heads.items():
+            assert isinstance(head, Regulariser)
+            head.initialise(scope=f"heads.{name}", seed=seed, weight_std=weight_std)
 
     @property
     def exported(self) -> Encoder:
@@ -98,6 +114,7 @@ class JEPA(nn.Module):
         """Fill every parameter, whole or in shards, from the seed; the target begins as the encoder."""
         initialise(self.encoder, scope="encoder", seed=seed, weight_std=weight_std)
         initialise(self.predictor, scope="predictor", seed=seed, weight_std=weight_std)
+        self._initialise_heads(seed=seed, weight_std=weight_std)
         if self.target is not None:
             self.target.start_from(self.encoder)
 

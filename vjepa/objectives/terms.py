@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from omegaconf import OmegaConf
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from vjepa.batch import Grid, Mask, Modality
+from vjepa.nn.encoder import EncoderConfig
 from vjepa.nn.gather import take_tokens
 from vjepa.nn.rope import grid_positions
 from vjepa.schedules import linear_ramp
@@ -46,17 +47,27 @@ class Term(Protocol):
         ...
 
 
+ConfigT = TypeVar("ConfigT")
 TERMS: dict[str, type[Any]] = {}
 
 
-def register_term(name: str) -> Callable[[type[Any]], type[Any]]:
+def register_term(name: str) -> Callable[[type[ConfigT]], type[ConfigT]]:
     """Make a dataclass with the methods of `Term` available in recipes as objective.terms.NAME."""
 
-    def add(cls: type[Any]) -> type[Any]:
+    def add(cls: type[ConfigT]) -> type[ConfigT]:
         TERMS[name] = cls
         return cls
 
     return add
+
+
+@runtime_checkable
+class WholeBatchTerm(Protocol):
+    """The configuration of a term on the statistics of a whole step's batch, which has modules of its own."""
+
+    def build(self, encoder: EncoderConfig) -> Any:
+        """The term itself, a Term and a module, for this encoder."""
+        ...
 
 
 def build_terms(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, Term]:

@@ -70,7 +70,7 @@ def count_elements(objective: JEPA, shards: int = 1) -> Elements:
         chosen = (p for p in module.parameters() if p.requires_grad or not is_trainable)
         return sum(p.numel() // p.shape[0] * math.ceil(p.shape[0] / shards) for p in chosen)
 
-    models = (objective.encoder, objective.predictor)
+    models = (objective.encoder, objective.predictor, objective.heads)
     return Elements(
         model=sum(map(total, models)),
         target=0 if objective.target is None else total(objective.target),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from vjepa.objectives.projector import GlobalBatchNorm
 from vjepa.schedules import LearningRateConfig, interpolate
 
 
@@ -32,7 +33,7 @@ def split_parameters(module: nn.Module) -> dict[str, list[str]]:
 
     By name, not by shape: mask tokens and modality embeddings are vectors here and decay, as in the reference.
     """
-    norms = {name for name, part in module.named_modules() if isinstance(part, nn.LayerNorm)}
+    norms = {name for name, part in module.named_modules() if isinstance(part, nn.LayerNorm | GlobalBatchNorm)}
     groups: dict[str, list[str]] = {"decay": [], "no_decay": []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -120,6 +120,9 @@ def _shard(objective: JEPA, mesh: DeviceMesh, precision: str) -> None:
         # The target has no backward pass that would free its root: gathered parameters would meet the EMA.
         fully_shard(stack, mesh=mesh, mp_policy=policy, reshard_after_forward=name == "target" or None)
         register_fsdp_forward_method(stack, ENTRIES[name])
+    for head in objective.heads.values():
+        if any(True for _ in head.parameters()):
+            fully_shard(head, mesh=mesh)  # in fp32: statistics come after it
 
 
 @contextmanager

@@ -1,0 +1,91 @@
+"""Which embeddings a term on batch statistics looks at, and the projector in front of them.
+
+Such a term says nothing of single predictions: it holds up the distribution of embeddings over the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from vjepa.nn.encoder import EncoderConfig
+from vjepa.nn.init import WEIGHT_STD
+from vjepa.objectives import vicreg
+from vjepa.objectives.projector import Projector
+from vjepa.objectives.terms import Outputs
+
+OF_WHOLE_GRIDS = ("place", "step", "first")
+
+
+@dataclass
+class EmbeddingConfig:
+    """The embeddings of a term."""
+
+    of: Literal["whole", "context"] = "context"  # tokens of whole clips (target=online only), or the visible ones
+    pool: Literal["clip", "token", "place", "step", "first"] = "clip"  # samples: see vjepa/objectives/vicreg.py
+    levels: list[int] | None = None  # supervised levels from 1, each with statistics of its own; null: the last
+    projector: int | None = None  # width behind an MLP with batch normalisation; null: none
+    hidden_dim: int = 2048  # of that MLP
+
+    def __post_init__(self) -> None:
+        if self.of == "context" and self.pool in OF_WHOLE_GRIDS:
+            raise ValueError(f"embedding.pool={self.pool} needs embedding.of=whole: visible tokens fill no grid")
+        if self.projector is not None and min(self.projector, self.hidden_dim) < 1:
+            raise ValueError(
+                f"embedding.projector={self.projector} and hidden_dim={self.hidden_dim} must be at least 1"
+            )
+
+
+class Embeddings(nn.Module):
+    """A modality's outputs -> embeddings [..., N, D], one tensor for each level and mask."""
+
+    def __init__(self, config: EmbeddingConfig, encoder: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        count = len(encoder.levels)
+        chosen = [count] if config.levels is None else config.levels
+        if not chosen or not all(1 <= level <= count for level in chosen):
+            raise ValueError(f"embedding.levels={chosen}: the encoder has {count} supervised levels, counted from 1")
+        self.levels = [level - 1 for level in chosen]
+        self.projectors = nn.ModuleList(
+            Projector(encoder.embed_dim, config.hidden_dim, config.projector) for _ in self.levels if config.projector
+        )
+
+    def initialise(self, *, scope: str, seed: int, weight_std: float = WEIGHT_STD) -> None:
+        """Fill the projectors, whole or in shards."""
+        for level, projector in zip(self.levels, self.projectors, strict=False):
+            assert isinstance(projector, Projector)
+            projector.initialise(scope=f"{scope}.level{level + 1}", seed=seed, weight_std=weight_std)
+
+    def forward(self, outputs: Outputs) -> list[Tensor]:
+        found = []
+        for index, level in enumerate(self.levels):
+            for tokens in self._tokens(outputs):
+                samples = self._pool(tokens.unflatten(-1, (outputs.num_levels, -1))[..., level, :], outputs)
+                found.append(self.projectors[index](samples) if self.projectors else samples)
+        return found
+
+    def _tokens(self, outputs: Outputs) -> Sequence[Tensor]:
+        """[B, K, L*D] each."""
+        if self.config.of == "context":
+            return outputs.context
+        if outputs.whole is None:
+            raise ValueError("embedding.of=whole needs objective.target=online: a target's tokens have no gradient")
+        return [outputs.whole]
+
+    def _pool(self, tokens: Tensor, outputs: Outputs) -> Tensor:
+        """Tokens [B, K, D] -> samples [..., N, D]."""
+        match self.config.pool:
+            case "clip":
+                return vicreg.clip_means(tokens)
+            case "token":
+                return vicreg.pooled(tokens)
+            case "place":
+                return vicreg.per_place(tokens)
+            case "step":
+                return vicreg.per_time_step(tokens, outputs.grid)
+            case "first":
+                return vicreg.first_frame(tokens, outputs.grid)
