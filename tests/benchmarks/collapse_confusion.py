@@ -1,6 +1,6 @@
 """Do the demo's verdicts tell collapsed embeddings from healthy ones? Expected against found, over seeds.
 
-    python -m tests.benchmarks.collapse_confusion [--seeds 5] [--steps 300] [--out FILE.jsonl]
+    python -m tests.benchmarks.collapse_confusion [--seeds 5] [--steps 200] [--out FILE.jsonl]
 
 What is expected is the reference's reading (collapse prevention, 5a): without a prevention, and with a stop-gradient
 alone, embeddings collapse. Prints a line per training, the confusion table and how far the values lie from the limits.
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from vjepa.demo.__main__ import STEPS
 from vjepa.demo.collapse import Outcome, run
 from vjepa.demo.objectives import OBJECTIVES
 
@@ -44,7 +45,7 @@ def ranges(outcomes: Sequence[Outcome]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, help="one JSON line per training")
     arguments = parser.parse_args()
     outcomes = []
