@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=_positive,
         default=STEPS,
-        help=f"of training, each (default: {STEPS}); under about 100 a predictor that knows nothing yet breaks rules too",
+        help=f"of training, each (default: {STEPS}); under about 100 an ignorant predictor breaks rules too",
     )
     collapse.add_argument("--seed", type=int, nargs="+", default=[0], help="one training per seed (default: 0)")
     collapse.add_argument("--json", type=Path, metavar="FILE", help="write all measures and verdicts there as well")
