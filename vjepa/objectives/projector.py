@@ -15,7 +15,7 @@ from vjepa.nn.init import WEIGHT_STD, initialise
 from vjepa.objectives.collectives import moments_over_ranks
 from vjepa.objectives.precision import at_least_fp32, without_autocast
 
-GELU_RMS = 0.6521  # sqrt of E[gelu(x)^2] for x ~ N(0, 1)
+GELU_RMS = 0.6522  # sqrt of E[gelu(x)^2] for x ~ N(0, 1)
 
 
 class GlobalBatchNorm(nn.Module):
