@@ -115,6 +115,7 @@ def test_dead_dimensions_are_counted() -> None:
     assert dead_share(z).item() == 2 / 8
     assert dead_share(z, below=1e-4).item() == 1 / 8
     assert dead_share(random(1, 8).expand(10, 8)).item() == 1
+    assert dead_share(random(1, 8) + 1e-4 * random(50, 8, seed=1)).item() == 1  # against the uncentred size
     assert dead_share(torch.zeros(10, 8)).item() == 1
 
 
