@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vjepa.batch import Grid
-from vjepa.objectives.collectives import sum_over_ranks
+from vjepa.objectives.collectives import count_over_ranks, sum_over_ranks
+from vjepa.objectives.precision import at_least_fp32, without_autocast
 
 Normalise = Literal["dimensions", "pairs"]
 
@@ -27,7 +28,7 @@ def variance(z: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tensor:
     Var divides by N - 1. VICReg (section 4.1, eq. 1) and eb_jepa use target 1 and eps 1e-4; VICReg's code averages
     over two views. The root's slope is finite at Var = 0, but rows that are all the same have no gradient at all.
     """
-    with _full_precision(z):
+    with without_autocast(z):
         centred, divisor = _centred(z)
         squares = sum_over_ranks(centred.square().sum(dim=-2))  # [..., D]
         std = (squares / divisor + eps).sqrt()
@@ -46,7 +47,7 @@ def covariance(z: Tensor, *, normalise: Normalise = "dimensions") -> Tensor:
         raise ValueError(f"normalise={normalise!r} is unknown: use 'dimensions' (over D) or 'pairs' (over D(D - 1))")
     if dim < 2:
         raise ValueError(f"covariance needs at least two dimensions, got embeddings of {list(z.shape)}")
-    with _full_precision(z):
+    with without_autocast(z):
         centred, divisor = _centred(z)
         products = sum_over_ranks(centred.mT @ centred) / divisor  # [..., D, D]
         off_diagonal = products - torch.diag_embed(products.diagonal(dim1=-2, dim2=-1))
@@ -62,10 +63,9 @@ def invariance(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape != b.shape:
         raise ValueError(f"invariance needs embeddings of one shape, got {list(a.shape)} and {list(b.shape)}")
-    with _full_precision(a):
-        squares = (_full(a) - _full(b)).square()
-        sums = sum_over_ranks(torch.stack([squares.sum(), squares.new_full((), squares.numel())]))
-        return sums[0] / sums[1]
+    with without_autocast(a):
+        squares = (at_least_fp32(a) - at_least_fp32(b)).square()
+        return sum_over_ranks(squares.sum()) / count_over_ranks(squares.numel(), a.device)
 
 
 def pooled(tokens: Tensor) -> Tensor:
@@ -109,21 +109,12 @@ def _by_time(tokens: Tensor, grid: Grid) -> Tensor:
     return tokens.unflatten(1, (times, rows * columns))  # [B, T, H * W, D]
 
 
-def _full_precision(z: Tensor) -> torch.autocast:
-    return torch.autocast(z.device.type, enabled=False)
-
-
-def _full(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
-
-
 def _centred(z: Tensor) -> tuple[Tensor, Tensor]:
     """z less its mean over all ranks, and the divisor of second moments: rows of all ranks - 1."""
-    z = _full(z)
+    z = at_least_fp32(z)
     if z.dim() < 2 or z.shape[-2] == 0:
         raise ValueError(f"embeddings must be [N, D] or [..., N, D] with N >= 1 rows, got {list(z.shape)}")
-    # No gradient through the mean: sum_n (z_n - m)(z_n - m)^T has slope 0 by m where m is the mean.
-    with torch.no_grad():
-        sums = sum_over_ranks(F.pad(z.sum(dim=-2), (0, 1), value=z.shape[-2]))  # [..., D + 1], the last one counts
-    count = sums.flatten()[-1]
-    return z - (sums[..., :-1] / count).unsqueeze(-2), (count - 1).clamp_min(1)
+    count = count_over_ranks(z.shape[-2], z.device)
+    with torch.no_grad():  # sum_n (z_n - m)(z_n - m)^T has slope 0 by m where m is the mean
+        mean = sum_over_ranks(z.sum(dim=-2, keepdim=True)) / count
+    return z - mean, (count - 1).clamp_min(1)

@@ -140,9 +140,9 @@ def lidar(views: Tensor, *, delta: float = 1e-4) -> Tensor:
 def prediction_nmse(predicted: Tensor, target: Tensor) -> Tensor:
     """mean |prediction - target|^2 / variance of the target, both [..., D]: 1 - R^2 over all samples and dimensions.
 
-    0 for a perfect prediction, 1 for the targets' mean, more for worse. Healthy: well below 1 and falling slowly; in
-    collapse 1 or more, as what is left of the target is noise. 1 by definition where the target does not vary. A target
-    that depends on position alone can be predicted: see `diagnostics.cross_sample_gap`.
+    0 for a perfect prediction, 1 for the targets' mean, more for worse. Healthy: well below 1; it rises as a network
+    collapses, to 1 and more where what is left of the target is noise. 1 by definition where the target does not vary.
+    A target that depends on position alone can be predicted: see `diagnostics.cross_sample_gap`.
     """
     if predicted.shape != target.shape:
         raise ValueError(
