@@ -20,7 +20,8 @@ if __name__ == "__main__":
 
 from launch.cluster import die_with, run_locally
 from launch.config import RunConfig
-from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB, plan
+from launch.plan import plan
+from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB
 from launch.report import build_report
 from launch.train import add_run_arguments, load
 from vjepa.config import ConfigError, build_models, config_hash, to_yaml

@@ -23,7 +23,7 @@ from data_pipeline.loader import build_loader
 from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
 from launch.init_from import load_initial_weights
-from launch.planner import refuse_if_too_large
+from launch.plan import refuse_if_too_large
 from launch.prepare import prepare_data
 from vjepa.batch import MicroBatch
 from vjepa.config import ConfigError, build_models, to_yaml

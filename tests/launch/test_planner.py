@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from launch.config import load_config
-from launch.planner import Device, Planner, describe_plan, find_device, plan, refuse_if_too_large, sold
+from launch.plan import describe_plan, plan, refuse_if_too_large
+from launch.planner import Device, Planner, find_device, sold
 from launch.submit import main as submit
 from launch.train import check_memory
 from vjepa.config import ConfigError

@@ -56,9 +56,9 @@ class Embeddings(nn.Module):
 
     def initialise(self, *, scope: str, seed: int, weight_std: float = WEIGHT_STD) -> None:
         """Fill the projectors, whole or in shards."""
-        for level, projector in zip(self.levels, self.projectors, strict=False):
+        for index, projector in enumerate(self.projectors):
             assert isinstance(projector, Projector)
-            projector.initialise(scope=f"{scope}.level{level + 1}", seed=seed, weight_std=weight_std)
+            projector.initialise(scope=f"{scope}.level{self.levels[index] + 1}", seed=seed, weight_std=weight_std)
 
     def forward(self, outputs: Outputs) -> list[Tensor]:
         found = []

@@ -35,13 +35,13 @@ class SigRegConfig:
     def build(self, encoder: EncoderConfig) -> Regulariser:
         return Regulariser(self, encoder)
 
-    def value(self, z: Tensor, step: int) -> Tensor:
+    def value(self, z: Tensor, outputs: Outputs) -> Tensor:
         return sigreg(
             z,
             num_directions=self.num_directions,
             seed=self.seed,
-            step=step,
-            name="sigreg",
+            step=outputs.step,
+            name=f"sigreg/{outputs.modality}",
             nodes=NODES[self.nodes],
             scale=self.scale,
         )
@@ -62,7 +62,7 @@ class VicRegConfig:
     def build(self, encoder: EncoderConfig) -> Regulariser:
         return Regulariser(self, encoder)
 
-    def value(self, z: Tensor, step: int) -> Tensor:
+    def value(self, z: Tensor, outputs: Outputs) -> Tensor:
         spread = variance(z, target=self.target_std)
         return self.variance * spread + self.covariance * covariance(z, normalise=self.normalise)
 
@@ -82,4 +82,4 @@ class Regulariser(nn.Module):
         return self.config.weight
 
     def forward(self, outputs: Outputs) -> Tensor:
-        return torch.stack([self.config.value(z, outputs.step) for z in self.embeddings(outputs)]).mean()
+        return torch.stack([self.config.value(z, outputs) for z in self.embeddings(outputs)]).mean()
