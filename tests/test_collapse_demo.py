@@ -26,7 +26,7 @@ HEALTHY = {
 
 @pytest.fixture(scope="module")
 def unprotected() -> Outcome:
-    return run("none", steps=150, seed=0)
+    return run("none", steps=200, seed=0)
 
 
 @pytest.fixture(scope="module")

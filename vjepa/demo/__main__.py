@@ -31,7 +31,7 @@ cosine     mean over pairs of samples; above 0.95 is collapse
 RankMe     effective rank without centring, 1 to 32; below 3 is collapse
 gap        how much nearer a prediction is to its own target than to another clip's; below 0.02 is collapse
 nMSE       squared error of the prediction over the targets' variance; above 1 is collapse
-place R2   where the digit is, by ridge regression from one embedding; not judged
+place R2   where the digit is, by ridge regression from one embedding; not judged: it does not see scale
 loss       mean squared error of the prediction; not judged: it is lowest where all has collapsed
 std below a tenth of the untrained encoder's is collapse too."""
 
