@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -258,3 +259,21 @@ def test_what_cannot_be_replayed_is_refused(
     folder = [] if arguments == ["absent"] else [str(fallen)]
     assert replay.main([*folder, *arguments]) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_checkpoint_of_before_there_were_policies_is_resumed(
+    debug_run: DebugRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = debug_run(tmp_path / "whole", "train.steps=10")
+    run = debug_run(tmp_path / "run", "train.steps=10")
+    (run / "checkpoints" / "step_00000010").rename(tmp_path / "aside")
+    load = checkpoint.load
+
+    def load_older(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        meta = load(*arguments, **keywords)
+        del meta["detour"], meta["roll_backs"], meta["recorder"]["health"]
+        return meta
+
+    monkeypatch.setattr(checkpoint, "load", load_older)
+    debug_run(run, "train.steps=10", resume=True)
+    assert numbers(run) == numbers(whole)

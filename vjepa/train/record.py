@@ -259,7 +259,8 @@ class Recorder:
         self.samples_seen, self.bad_seen = state["samples_seen"], state["bad_seen"]
         self.final_loss = state["final_loss"]
         self.alarms.load_state_dict(state["alarms"])
-        self.health.load_state_dict(state["health"])
+        if "health" in state:  # not in checkpoints of before there were policies
+            self.health.load_state_dict(state["health"])
         self.start_step = step
 
 

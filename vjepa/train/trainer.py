@@ -258,7 +258,8 @@ class Trainer:
             set_optimizer_state_dict(self.objective, self.optimizer, state["optimizer"], options=STATE_OPTIONS)
             self.recorder.load_state_dict(meta["recorder"], step)
             self.step = self._saved_step = step
-            self.seconds, self.detour, self.roll_backs = meta["seconds"], meta["detour"], meta["roll_backs"]
+            self.seconds = meta["seconds"]
+            self.detour, self.roll_backs = meta.get("detour", 0), meta.get("roll_backs", 0)  # older ones have neither
         if self.world.is_main:
             checkpoint.clean_partial(self.run.checkpoints)
             self.run.cut_back(self.step)
