@@ -135,6 +135,12 @@ def test_the_command_prints_a_row_and_a_verdict_each(tmp_path: Path, capsys: pyt
         assert record["verdict"] in out
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["collapse", "--json", "no/such/folder/collapse.json"])
+    assert "there is no folder no/such/folder" in capsys.readouterr().err
+
+
 def test_an_unknown_objective_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="must be one of none, sg, ema, sigreg, vicreg, frozen"):
         run("byol", steps=1, seed=0)

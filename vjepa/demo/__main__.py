@@ -38,7 +38,10 @@ std below a tenth of the untrained encoder's is collapse too."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 0 whatever the verdicts."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.json is not None and not parsed.json.parent.is_dir():
+        parser.error(f"--json {parsed.json}: there is no folder {parsed.json.parent}; make it first")
     outcomes = []
     print(header(), flush=True)
     for seed in parsed.seed:
@@ -95,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=_positive,
         default=STEPS,
-        help=f"of training, each (default: {STEPS}); under about 100 an ignorant predictor breaks rules too",
+        help=f"of training, each (default: {STEPS}); under about 50 healthy objectives may read collapsed",
     )
     collapse.add_argument("--seed", type=int, nargs="+", default=[0], help="one training per seed (default: 0)")
     collapse.add_argument("--json", type=Path, metavar="FILE", help="write all measures and verdicts there as well")
