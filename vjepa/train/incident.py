@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +48,7 @@ def note_incident(
     folder = incident_folder(run, trouble.step)
     keys = [f"{batch.modality}:{key}" for micro in micro_batches for batch in micro.values() for key in batch.keys]
     everyone = world.gather_objects((loss, keys))
-    blamed = {rank: keys for rank, (value, keys) in enumerate(everyone) if not _is_finite(value)}
+    blamed = {rank: keys for rank, (value, keys) in enumerate(everyone) if not math.isfinite(value)}
     if not blamed:
         worst = max(range(len(everyone)), key=lambda rank: everyone[rank][0])
         blamed = {worst: everyone[worst][1]}
@@ -68,10 +69,6 @@ def note_incident(
         f"batch, in {folder}; look into it with `python -m launch.replay {folder}`). The last checkpoint is from "
         f"before; {REMEDIES[trouble.kind]}"
     )
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0
 
 
 def write_micro_batches(path: Path, micro_batches: Sequence[MicroBatch]) -> None:
