@@ -18,6 +18,7 @@ from launch.config import RunConfig
 from vjepa.batch import Grid, Modality
 from vjepa.config import ConfigError
 from vjepa.masking.collate import MaskCollator, check_groups
+from vjepa.objectives.build import predictor_for
 from vjepa.train.accounts import peak_flops
 from vjepa.train.memory import Need, StepMemory
 from vjepa.train.memory_trace import DeviceType, Load, fake_micro_batch
@@ -113,7 +114,7 @@ class Planner:
         self.device_type: DeviceType = device_type
         self.batch = config.train.batch.as_dict()
         self.encoder = config.model.encoder_config()
-        self.predictor = config.predictor.predictor_config(self.encoder)
+        self.predictor = predictor_for(config.objective, config.predictor, self.encoder)
         self._memories: dict[Activations, StepMemory] = {}
 
     # ------------------------------------------------------------------------------------------------ what is counted

@@ -23,10 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vjepa.batch import MODALITIES, Batch, Grid, Mask, Modality
-from vjepa.nn.encoder import Encoder, EncoderConfig
-from vjepa.nn.predictor import Predictor, PredictorConfig
+from vjepa.nn.encoder import EncoderConfig
+from vjepa.nn.predictor import PredictorConfig
 from vjepa.nn.rope import grid_table, sincos_table
-from vjepa.objectives.jepa import JEPA, ObjectiveConfig, freeze_unused
+from vjepa.objectives import JEPA, ObjectiveConfig
+from vjepa.objectives.build import objective_of
+from vjepa.objectives.jepa import freeze_unused
 from vjepa.train.distributed import World
 from vjepa.train.parallel import Activations, ParallelConfig, parallelise
 
@@ -53,10 +55,9 @@ class Load:
 Loads = Mapping[Modality, Load]
 
 
-def objective_on_meta(encoder: EncoderConfig, predictor: PredictorConfig, config: ObjectiveConfig) -> JEPA:
+def objective_on_meta(encoder: EncoderConfig, predictor: PredictorConfig | None, config: ObjectiveConfig) -> JEPA:
     """The objective's shapes."""
-    with torch.device("meta"):
-        return JEPA(config, Encoder(encoder), Predictor(predictor))
+    return objective_of(config, encoder, predictor, device="meta")
 
 
 def fake_micro_batch(loads: Loads, encoder: EncoderConfig) -> dict[Modality, Batch]:
@@ -192,9 +193,15 @@ def short_predictor(config: PredictorConfig) -> tuple[PredictorConfig, Stack]:
     return replace(config, depth=3), Stack("predictor", 3)
 
 
+def short_stacks(encoder: EncoderConfig, predictor: PredictorConfig | None) -> list[Stack]:
+    """The stacks of a short model."""
+    stacks = [short_encoder(encoder)[1]]
+    return stacks if predictor is None else [*stacks, short_predictor(predictor)[1]]
+
+
 def trace(
     encoder: EncoderConfig,
-    predictor: PredictorConfig,
+    predictor: PredictorConfig | None,
     objective: ObjectiveConfig,
     loads: Loads,
     *,
@@ -203,7 +210,8 @@ def trace(
     device_type: DeviceType,
 ) -> Trace:
     """Forward and backward pass of the short model of these configurations."""
-    short, short_reader = short_encoder(encoder)[0], short_predictor(predictor)[0]
+    short = short_encoder(encoder)[0]
+    short_reader = None if predictor is None else short_predictor(predictor)[0]
     jepa = objective_on_meta(short, short_reader, objective)
     freeze_unused(jepa, list(loads))
     alone = World(0, 1, torch.device("cpu"))
@@ -245,12 +253,12 @@ def _mark_sections(jepa: JEPA, counter: LiveBytes) -> None:
     counter.section = "encoder embed" if jepa.target is None else "target"
     if jepa.target is not None:
         jepa.target.register_forward_hook(lambda *_: _enter(counter, "encoder embed"))
-    for stack, blocks, after in (
-        (Stack("encoder", len(jepa.encoder.blocks)), jepa.encoder.blocks, "encoder levels"),
-        (Stack("predictor", len(jepa.predictor.blocks)), jepa.predictor.blocks, "heads and losses"),
-    ):
+    stacks = [("encoder", jepa.encoder.blocks, "encoder levels")]
+    if jepa.predictor is not None:
+        stacks.append(("predictor", jepa.predictor.blocks, "heads and losses"))
+    for name, blocks, after in stacks:
         for index, block in enumerate(blocks):
-            _mark_block(block, counter, stack, index)
+            _mark_block(block, counter, Stack(name, len(blocks)), index)
         blocks[-1].register_forward_hook(lambda *_, after=after: _enter(counter, after))
     for name, parameter in jepa.named_parameters():
         if parameter.requires_grad:
