@@ -155,7 +155,7 @@ class JEPA(nn.Module):
                 modality=batch.modality,
                 grid=batch.grid,
                 num_levels=len(self.encoder.levels),
-                masks=batch.masks,
+                masks=batch.masks if self.wanted.masks else (),
                 context=part.contexts,
                 predicted=[predicted for predicted, _ in found],
                 visible=[visible for _, visible in found],
