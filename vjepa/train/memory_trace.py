@@ -39,6 +39,15 @@ STATE = "state"
 
 
 @dataclass(frozen=True)
+class ViewSize:
+    """One view of every clip."""
+
+    frames: int
+    size: int  # pixels of a side
+    kept: int | None = None  # tokens that the encoder sees; None: all
+
+
+@dataclass(frozen=True)
 class Load:
     """What a micro-batch holds of one modality."""
 
@@ -46,6 +55,9 @@ class Load:
     frames: int
     size: int  # pixels of a side
     masks: tuple[tuple[int, int], ...]  # context and masked tokens of every clip, for each mask
+    context_of: tuple[int | None, ...] = ()  # for each mask the earlier one whose context it shares; (): none does
+    views: tuple[ViewSize, ...] = ()  # all views, global ones first; (): the clip alone
+    num_global: int = 0  # global views; 0: all
 
     def __post_init__(self) -> None:
         if self.clips < 1:
@@ -68,13 +80,26 @@ def fake_micro_batch(loads: Loads, encoder: EncoderConfig) -> dict[Modality, Bat
 def _batch(modality: Modality, load: Load, encoder: EncoderConfig) -> Batch:
     side = load.size // encoder.patch_size
     grid: Grid = (max(1, load.frames // encoder.tubelet_size), side, side)
-    pixels = torch.empty(load.clips, encoder.in_chans, load.frames, load.size, load.size, dtype=torch.uint8)
+
+    def pixels(view: ViewSize) -> Tensor:
+        return torch.empty(load.clips, encoder.in_chans, view.frames, view.size, view.size, dtype=torch.uint8)
 
     def indices(count: int) -> Tensor:
         return torch.zeros(load.clips, count, dtype=torch.int64)
 
-    masks = tuple(Mask(indices(context), indices(masked)) for context, masked in load.masks)
-    return Batch(modality, 0, tuple(range(load.clips)), (), (pixels,), masks, grid)
+    views = load.views or (ViewSize(load.frames, load.size),)
+    shared = load.context_of or (None,) * len(load.masks)
+    return Batch(
+        modality=modality,
+        step=0,
+        ordinals=tuple(range(load.clips)),
+        keys=(),
+        views=tuple(map(pixels, views)),
+        masks=tuple(Mask(indices(k), indices(m), of) for (k, m), of in zip(load.masks, shared, strict=True)),
+        grid=grid,
+        num_global=load.num_global,
+        view_contexts=tuple(None if view.kept is None else indices(view.kept) for view in views),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- counting live bytes
