@@ -25,9 +25,7 @@ SETTINGS = PredictorSettings(embed_dim=48, depth=1, num_heads=3, mask_token_std=
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wider and deeper than the student, with two levels."""
-    encoder = create_encoder(
-        model_config("vit_debug", embed_dim=96, depth=6, num_heads=4, levels=(2, 5)), seed=3
-    )
+    encoder = create_encoder(model_config("vit_debug", embed_dim=96, depth=6, num_heads=4, levels=(2, 5)), seed=3)
     return vjepa.hub.save_pretrained(encoder, tmp_path_factory.mktemp("teacher"))
 
 
