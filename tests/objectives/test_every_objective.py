@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from launch.config import RECIPES
-from tests.objectives.every_objective import OBJECTIVES, Case, Found, alone, save_teacher, together
+from tests.objectives.every_objective import OBJECTIVES, Case, Found, Mode, alone, save_teacher, together
 from tests.train.ranks import on_ranks
 
-WAYS = (("ddp", False), ("ddp", True), ("fsdp", False))
+WAYS: tuple[tuple[Mode, bool], ...] = (("ddp", False), ("ddp", True), ("fsdp", False))
 CASES = [Case(name, mode, early) for name in OBJECTIVES for mode, early in WAYS]
 NOT_OBJECTIVES = {"paper_batch", "prefix_masks", "real_clips"}  # options over data and masks
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from vjepa.batch import Grid, Mask, Modality
+
+if TYPE_CHECKING:
+    from vjepa.objectives.embeddings import StepEmbeddings
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Outputs:
     views: list[Tensor] = field(default_factory=list)  # of each crop of the clips, [B, K, L*D], where asked for
     num_global: int = 0  # how many of the views are global ones, the first
     embedded: dict[str, list[list[Tensor]]] = field(default_factory=dict)  # objective.embeddings by name: level, view
+    of_step: StepEmbeddings | None = None  # all embeddings of a step whose batch comes in parts; null: this is all
     notes: dict[str, Tensor] = field(default_factory=dict)  # detached scalars that terms want logged
     step: int = 0  # of training, from 0
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from vjepa.batch import MicroBatch
+from vjepa.objectives.embeddings import StepEmbeddings
 from vjepa.objectives.jepa import JEPA, Result
 from vjepa.train import checkpoint
 from vjepa.train.config import TrainConfig
@@ -121,10 +122,9 @@ class Trainer:
         result: Result | None = None
         for path in self.profiler.step(record.step):
             self.recorder.message(f"profile: {path}")
-        for index in range(self.num_micro_batches):
+        for index, (micro_batch, of_step) in enumerate(self._micro_batches(stream, record)):
             result = None  # let go of the last micro-batch's outputs before the next ones are made
-            micro_batch = self._take(stream, record)
-            result = self._forward_backward(micro_batch, is_last=index == self.num_micro_batches - 1)
+            result = self._forward_backward(micro_batch, of_step, is_last=index == self.num_micro_batches - 1)
             record.add(micro_batch, result.metrics, flops=self.objective.flops(micro_batch))
         assert result is not None
         record.is_diagnostic = self._is_diagnostic_step()
@@ -143,6 +143,22 @@ class Trainer:
         self.seconds += seconds
         record.row |= {"step_seconds": seconds, "data_wait": record.waited / seconds}
         return record
+
+    def _micro_batches(
+        self, stream: Iterator[MicroBatch], record: StepRecord
+    ) -> Iterator[tuple[MicroBatch, StepEmbeddings | None]]:
+        """A step's micro-batches, with the embeddings of all of them where terms look at the whole batch."""
+        if self.num_micro_batches == 1 or not self.objective.embeddings():
+            for _ in range(self.num_micro_batches):
+                yield self._take(stream, record), None
+            return
+        micro_batches = [self._take(stream, record) for _ in range(self.num_micro_batches)]
+        parts = []
+        for micro_batch in micro_batches:
+            with self._autocast():
+                parts.append(self.objective.embed(self._on_device(micro_batch), self.step))
+        for index, micro_batch in enumerate(micro_batches):
+            yield micro_batch, StepEmbeddings(parts, index)
 
     def _take(self, stream: Iterator[MicroBatch], record: StepRecord) -> MicroBatch:
         """The next micro-batch; how long it let us wait is counted."""
@@ -176,12 +192,17 @@ class Trainer:
     def _is_diagnostic_step(self) -> bool:
         return self.step == 0 or (self.step + 1) % self.config.diagnostics_every == 0
 
-    def _forward_backward(self, micro_batch: MicroBatch, *, is_last: bool) -> Result:
-        on_device = {modality: batch.to(self.world.device) for modality, batch in micro_batch.items()}
-        bf16 = self.config.precision == "bf16"
+    def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
+        return {modality: batch.to(self.world.device) for modality, batch in micro_batch.items()}
+
+    def _autocast(self) -> torch.autocast:
+        is_bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=is_bf16)
+
+    def _forward_backward(self, micro_batch: MicroBatch, of_step: StepEmbeddings | None, *, is_last: bool) -> Result:
         with gradient_sync(self.module, is_last=is_last or self.config.parallel.reduce_each):
-            with self.clock.forward(), torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
-                result: Result = self.module(on_device, self.step)
+            with self.clock.forward(), self._autocast():
+                result: Result = self.module(self._on_device(micro_batch), self.step, of_step)
             self._begin("backward")
             (result.loss / self.num_micro_batches).backward()
         return result
