@@ -141,8 +141,8 @@ class OnlineProbes(nn.Module):
             tokens, count = outputs.target, len(target_levels(outputs, range(outputs.num_levels)))
         if tokens is None:
             raise ValueError(
-                f"train.probe.features={self.config.features}: this objective has no such features, choose the other of "
-                "target and encoder"
+                f"train.probe.features={self.config.features}: there are none here, choose the other of target "
+                "and encoder"
             )
         return tokens.detach().chunk(count, dim=-1)[-1].float()
 
