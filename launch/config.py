@@ -41,6 +41,7 @@ FREE_ON_RESUME = (
     "train.checkpoint",
     "train.collective_timeout_s",
     "train.health",
+    "train.alarms",
     "train.watchdog",
     "train.profile",
     "train.parallel",

@@ -48,7 +48,7 @@ def test_a_student_predicts_the_teachers_levels_whatever_its_own_width(
     result = objective(batch, 0)
     result.loss.backward()
     assert result.outputs["video"].predicted[0].shape[-1] == width
-    assert result.outputs["video"].target_levels == width // 96
+    assert result.outputs["video"].num_target_levels == width // 96
     assert not [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     assert not [name for name, p in objective.named_parameters() if name.startswith("target") and p.requires_grad]
 

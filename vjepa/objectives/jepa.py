@@ -160,7 +160,7 @@ class JEPA(nn.Module):
                 predicted=[predicted for predicted, _ in found],
                 visible=[visible for _, visible in found],
                 target=target,
-                target_levels=0 if self.target is None else self.target.shape.num_levels,
+                target_levels=() if self.target is None else self.target.shape.levels,
                 of_step=of_step,
             )
         return self._sum(outputs, step)

@@ -25,7 +25,7 @@ class Outputs:
     predicted: list[Tensor]  # predictions at masked places, [B, M, L'*D']; none without a predictor
     visible: list[Tensor | None]  # predictions at context places, [B, K, L'*D']
     target: Tensor | None  # [B, N, L'*D'] fp32, layer-normed by level; no gradient but from an online target
-    target_levels: int = 0  # L' of target and predictions; 0: as many as the encoder has
+    target_levels: tuple[int, ...] = ()  # 0-based blocks of a teacher that are its L' levels; (): the encoder's own
     whole: Tensor | None = None  # the encoder's own tokens of the whole clip, [B, N, L*D], where they were asked for
     views: list[Tensor] = field(default_factory=list)  # of each crop of the clips, [B, K, L*D], where asked for
     num_global: int = 0  # how many of the views are global ones, the first
@@ -34,8 +34,10 @@ class Outputs:
     notes: dict[str, Tensor] = field(default_factory=dict)  # detached scalars that terms want logged
     step: int = 0  # of training, from 0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "target_levels", self.target_levels or self.num_levels)
+    @property
+    def num_target_levels(self) -> int:
+        """L' of target and predictions."""
+        return len(self.target_levels) or self.num_levels
 
     @property
     def wanted(self) -> Tensor:
