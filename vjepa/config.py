@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vjepa.nn.attention import BackendName
+from vjepa.nn.attention import AttentionMask, BackendName, backend_for
 from vjepa.nn.encoder import Encoder, EncoderConfig
 from vjepa.nn.init import WEIGHT_STD
 from vjepa.nn.predictor import Predictor, PredictorConfig
@@ -43,6 +43,7 @@ class ModelConfig:
     absolute_position: float = 0.0  # add fixed sines and cosines of the position, times this, to all tokens
     absolute_position_base: float = BASE  # of their frequencies; smaller for grids of a few tokens
     init_std: float = WEIGHT_STD  # of the initial weights of encoder and predictor
+    attention_mask: AttentionMask = "full"  # block_causal: a token sees its own and earlier time steps; sdpa only
     attention: BackendName = "auto"  # auto: xformers on CUDA where it imports, else sdpa; varlen: torch's packed one
     embed_dim: int | None = None  # in place of the named size's
     depth: int | None = None  # in place of the named size's
@@ -54,6 +55,10 @@ class ModelConfig:
                 f"model.levels={self.levels}: recipes count blocks from 1 as the paper does ([12, 24, 36, 48]); only "
                 "Python's levels=... counts from 0"
             )
+        try:
+            backend_for(self.attention_mask, self.attention)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from error
 
     def encoder_config(self) -> EncoderConfig:
         whole = model_config(self.name, depth=self.depth)  # refuses an unknown name
@@ -67,6 +72,7 @@ class ModelConfig:
             interpolate_rope=self.interpolate_rope,
             absolute_position=self.absolute_position,
             absolute_position_base=self.absolute_position_base,
+            attention_mask=self.attention_mask,
             embed_dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,

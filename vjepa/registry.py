@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vjepa.nn.attention import BackendName
+from vjepa.nn.attention import AttentionMask, BackendName
 from vjepa.nn.encoder import Encoder, EncoderConfig
 from vjepa.nn.init import WEIGHT_STD, build
 from vjepa.nn.predictor import Predictor, PredictorConfig
@@ -55,6 +55,7 @@ def model_config(
     absolute_position_base: float = BASE,
     image_tokenizer: bool = True,
     modality_embed: bool = True,
+    attention_mask: AttentionMask = "full",
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
@@ -80,6 +81,7 @@ def model_config(
         absolute_position_base=absolute_position_base,
         image_tokenizer=image_tokenizer,
         modality_embed=modality_embed,
+        attention_mask=attention_mask,
     )
 
 
@@ -93,6 +95,7 @@ def create_model(
     interpolate_rope: bool = True,
     image_tokenizer: bool = True,
     modality_embed: bool = True,
+    attention_mask: AttentionMask = "full",
     attention: BackendName = "auto",
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -107,6 +110,7 @@ def create_model(
         interpolate_rope=interpolate_rope,
         image_tokenizer=image_tokenizer,
         modality_embed=modality_embed,
+        attention_mask=attention_mask,
     )
     return create_encoder(config, attention=attention, device=device, seed=seed)
 

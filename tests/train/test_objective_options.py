@@ -9,24 +9,30 @@ import pytest
 
 import vjepa
 from launch.config import RECIPES, load_config
+from tests.objectives.every_objective import OBJECTIVES, options, overrides, save_teacher
 from tests.objectives.test_losses import micro_batch
 from tests.train.ranks import on_ranks, train_debug
 from tests.train.test_trainer import DebugRun, numbers, rows
 from vjepa.config import ConfigError, ModelConfig, PredictorSettings, build_models
 from vjepa.objectives import JEPA, ObjectiveConfig
 
-OBJECTIVES = ("vjepa2", "sigreg", "vicreg")
+OPTIONS = [name for name in OBJECTIVES if options(name)]
 
 
-@pytest.mark.parametrize("option", OBJECTIVES)
-def test_an_objective_trains_twenty_steps(option: str, debug_run: DebugRun, tmp_path: Path) -> None:
-    found = rows(debug_run(tmp_path / "run", "train.steps=20", options=[option]))
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_objective_trains_twenty_steps(option: str, teacher: Path, debug_run: DebugRun, tmp_path: Path) -> None:
+    found = rows(debug_run(tmp_path / "run", "train.steps=20", *overrides(option, teacher), options=[option]))
     assert [row["step"] for row in found] == list(range(1, 21))
     assert all(math.isfinite(value) for row in found for value in row.values())
     assert found[-1]["loss"] < found[0]["loss"]
 
 
-@pytest.mark.parametrize("option", OBJECTIVES)
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_says_what_it_is_and_when_to_choose_it(option: str) -> None:
     text = (RECIPES / "options" / f"{option}.yaml").read_text()
     assert "arXiv" in text

@@ -6,6 +6,9 @@ number of block calls the same on every rank.
 
 Backends: `sdpa` (torch, everywhere), `xformers` (CUDA, imported lazily) and `varlen` (torch's own attention over packed
 sequences: CUDA, bf16 or fp16). `auto` takes xformers on CUDA where it imports, otherwise SDPA.
+
+Block-causal attention lets a token see the tokens of its own and of earlier time steps. Which tokens a sequence holds
+differs from clip to clip, so it is a bias on the scores, which only SDPA takes.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from vjepa.nn.rope import RopeTable, rotate
 
 BackendName = Literal["auto", "sdpa", "xformers", "varlen"]
+AttentionMask = Literal["full", "block_causal"]
 log = logging.getLogger(__name__)
 
 
@@ -33,6 +37,9 @@ class Segments:
 
     count: int
     length: int
+    bias: Tensor | None = field(
+        default=None, compare=False, repr=False
+    )  # on the scores, [count or 1, 1, length, length]
 
     @property
     def tokens(self) -> int:
@@ -40,7 +47,7 @@ class Segments:
 
 
 class AttentionBackend(Protocol):
-    """softmax(q k^T / sqrt(head_dim)) v within each sequence; q, k, v and the result are [N, A, head_dim]."""
+    """softmax(q k^T / sqrt(head_dim) + bias) v within each sequence; q, k, v and the result are [N, A, head_dim]."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tensor: ...
 
@@ -51,8 +58,32 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tensor:
     outputs = []
     for segments, *parts in zip(layout, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         q, k, v = (x.unflatten(0, (segments.count, segments.length)).transpose(1, 2) for x in parts)  # [B, A, K, d]
-        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+        bias = None if segments.bias is None else segments.bias.to(q.dtype)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def block_causal_bias(steps: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a token may look, at tokens of its own and of earlier time steps, else -inf.
+
+    steps: [B, K], the time step of each token, in any order -> [B, 1, K, K].
+    """
+    is_later = steps[:, None, None, :] > steps[:, None, :, None]
+    return torch.zeros(is_later.shape, dtype=dtype, device=steps.device).masked_fill_(is_later, -torch.inf)
+
+
+def backend_for(mask: AttentionMask, backend: BackendName) -> BackendName:
+    """The backend that computes `mask`: the one asked for, where it can; otherwise a ValueError."""
+    if mask == "full":
+        return backend
+    if mask != "block_causal":
+        raise ValueError(f"attention_mask={mask!r} is unknown: choose full or block_causal")
+    if backend in ("xformers", "varlen"):
+        raise ValueError(
+            f"attention={backend} cannot do attention_mask=block_causal, which needs a bias of its own for each clip: "
+            "use sdpa or auto"
+        )
+    return "sdpa"
 
 
 def sequence_lengths(layout: Sequence[Segments]) -> list[int]:
@@ -69,6 +100,7 @@ def _block_diagonal(layout: tuple[Segments, ...], device: torch.device) -> Any:
 def xformers(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tensor:
     """xformers' memory-efficient attention over a block-diagonal mask: one call for all groups; CUDA only."""
     fmha = importlib.import_module("xformers.ops.fmha")
+    assert all(segments.bias is None for segments in layout), "see backend_for"
     bias = _block_diagonal(tuple(layout), q.device)
     return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
 
@@ -108,6 +140,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tenso
         raise ValueError(
             f"attention=varlen computes in bf16 or fp16, the tokens are {v.dtype}: set train.precision=bf16 or use sdpa"
         )
+    assert all(segments.bias is None for segments in layout), "see backend_for"
     if torch.compiler.is_compiling():  # a compiler sees through caches, and warns
         starts = cumulative_lengths(layout, q.device)
     else:

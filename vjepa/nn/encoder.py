@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from vjepa.batch import Grid, Modality
-from vjepa.nn.attention import BackendName, Segments
+from vjepa.nn.attention import AttentionMask, BackendName, Segments, backend_for, block_causal_bias
 from vjepa.nn.gather import gather_table, pack, take_tokens, unpack
 from vjepa.nn.layers import LAYER_NORM_EPS, Block
 from vjepa.nn.rope import BASE, RopeLayout, RopeTable, grid_table, sincos_table
@@ -37,6 +37,7 @@ class EncoderConfig:
     absolute_position_base: float = BASE  # of their frequencies
     image_tokenizer: bool = True
     modality_embed: bool = True
+    attention_mask: AttentionMask = "full"  # block_causal: a token sees its own and earlier time steps (LeVJEPA)
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -83,6 +84,7 @@ class Encoder(nn.Module):
             modality_embed=config.modality_embed,
         )
         hidden_dim = round(config.embed_dim * config.mlp_ratio)
+        attention = backend_for(config.attention_mask, attention)
         self.blocks = nn.ModuleList(
             Block(config.embed_dim, config.num_heads, hidden_dim, qkv_bias=config.qkv_bias, attention=attention)
             for _ in range(config.depth)
@@ -173,7 +175,7 @@ class Encoder(nn.Module):
 
     def _states(self, views: Sequence[View], wanted: set[int]) -> tuple[dict[int, Tensor], list[Segments]]:
         """Flat outputs [N, D] of the wanted blocks for all subsets of all views, and their layout."""
-        groups, tables = [], []
+        groups, tables, biases = [], [], []
         for view in views:
             tokens = self.tokenizer(view.clips)
             if self.config.absolute_position:
@@ -184,11 +186,13 @@ class Encoder(nn.Module):
             for indices in view.contexts:
                 groups.append(tokens if indices is None else take_tokens(tokens, indices))
                 tables.append((table, indices, tokens.shape[0]))
+                biases.append(self._bias(self.grid(view.clips), indices, tokens))
         x, layout = pack(groups)
         table = gather_table(tables)
+        seen = [replace(segments, bias=bias) for segments, bias in zip(layout, biases, strict=True)]
         states = {}
         for index in range(max(wanted) + 1):
-            x = self.blocks[index](x, table, layout)
+            x = self.blocks[index](x, table, seen)
             if index in wanted:
                 states[index] = x
         return states, layout
@@ -196,3 +200,13 @@ class Encoder(nn.Module):
     def _table(self, grid: Grid, device: torch.device) -> RopeTable:
         head_dim = self.config.embed_dim // self.config.num_heads
         return grid_table(grid, head_dim, self.config.rope, self.config.rope_base, self.config.interpolate_rope, device)
+
+    def _bias(self, grid: Grid, indices: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """What block-causal attention adds to the scores of tokens at `indices` [B, K]; one time step needs nothing."""
+        if self.config.attention_mask == "full" or grid[0] == 1:
+            return None
+        device = tokens.device
+        places = torch.arange(tokens.shape[1], device=device)[None] if indices is None else indices
+        is_cast = torch.is_autocast_enabled(device.type)  # made once in the dtype of the scores, not in every block
+        dtype = torch.get_autocast_dtype(device.type) if is_cast else tokens.dtype
+        return block_causal_bias(places // (grid[1] * grid[2]), dtype)

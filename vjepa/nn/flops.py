@@ -2,6 +2,7 @@
 
 A multiplication and an addition are two. Counted: matrix products of linear layers, patch embeddings and attention;
 norms, activations, rotations and softmax are left out, as is usual for MFU. A backward pass is twice its forward pass.
+Block-causal attention counts as full attention: it is computed so, with scores that are thrown away.
 """
 
 from __future__ import annotations
