@@ -24,15 +24,13 @@ def num_judged(config: TrainConfig) -> int:
 
 def standing_alarms(run: Run) -> dict[str, str] | None:
     """The alarms that stand at a run's end, by measure; None where too few evaluations follow the warm-up to tell."""
-    config = run.config.train
-    if num_judged(config) < config.alarms.consecutive:
-        return None
-    watch = CollapseAlarms(config.alarms)
-    standing: dict[str, str] = {}
+    alarms = run.config.train.alarms
+    watch, standing, judged = CollapseAlarms(alarms), {}, 0
     for row in run.rows:
         if any(METRIC_KEY.fullmatch(key) for key in row):
             standing = watch.observe_named(row["step"], row)
-    return standing
+            judged += row["step"] >= alarms.warmup_steps
+    return standing if judged >= alarms.consecutive else None
 
 
 def task_scores(rows: Iterable[Row]) -> dict[str, float]:

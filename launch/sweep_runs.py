@@ -11,7 +11,7 @@ from launch.judge import scores_of, standing_alarms
 from launch.prepare import prepare_data
 from launch.processes import Trainings, training
 from launch.report_run import read_run
-from launch.search import Trial, Values, best_of, bisect, verdict
+from launch.search import SweepError, Trial, Values, best_of, bisect, verdict
 from launch.sweep import MEAN, Sweep, run_name
 from launch.sweep_record import Record, words
 from vjepa.train.run_dir import RunDir
@@ -32,7 +32,7 @@ Runner = Callable[[str, Values], Trial]
 def sweep_values(record: Record, runner: Runner, *, jobs: int = 1) -> Trial | None:
     """Run what `record` has not finished, and record it; the best healthy run, None where there is none.
 
-    Raises SweepStopped after a signal.
+    Raises SweepStopped after a signal, SweepError where a bisection meets a run whose health cannot be judged.
     """
     known = record.finished()
     if known:
@@ -60,6 +60,8 @@ def _bisect(sweep: Sweep, runner: Runner, jobs: int) -> Iterator[tuple[str, Tria
         print(f"run {len(trials) + 1} of at most {sweep.runs}: {words(values)} ({why})", flush=True)
         name = run_name(len(trials), values)
         trial = runner(name, values)
+        if trial.status == "finished" and trial.alarms is None:
+            raise SweepError(f"{name} logged no diagnostics that tell its health: use --method grid or random")
         decision = verdict(trials, trial)
         trials.append(trial)
         yield name, trial, decision

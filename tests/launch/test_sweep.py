@@ -268,9 +268,18 @@ def test_alarms_stand_only_where_the_last_evaluations_raise_them() -> None:
 
 
 def test_health_is_not_judged_by_fewer_evaluations_than_an_alarm_takes() -> None:
-    rows = [measured(1, 1.0), measured(40, 1.0)]
-    assert standing_alarms(run_with(rows, "train.alarms.warmup_steps=40")) is None
+    rows = [measured(1, 1.0), measured(35, 9.0), measured(40, 1.0)]
+    assert standing_alarms(run_with(rows, "train.alarms.warmup_steps=36")) is None
     assert standing_alarms(run_with(rows, "train.alarms.warmup_steps=35")) == {}
+    assert standing_alarms(run_with([{"step": step} for step in range(40)])) is None, "nothing was measured"
+
+
+def test_a_bisection_ends_where_a_run_logged_no_diagnostics(tmp_path: Path) -> None:
+    def blind(name: str, values: Values) -> Trial:
+        return Trial(values, alarms=None, score=0.5)
+
+    with pytest.raises(SweepError, match="01_weight=1 logged no diagnostics that tell its health"):
+        sweep_values(Record(bisection(tmp_path), resume=False), blind)
 
 
 def test_without_probes_the_gap_of_the_last_quarter_is_the_score() -> None:
