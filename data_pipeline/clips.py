@@ -46,6 +46,6 @@ def random_view_times(
 
 
 def _part(whole: int, frames: int, generator: np.random.Generator) -> slice:
-    """So many consecutive frames; all of them without a draw."""
-    start = 0 if frames == whole else int(generator.integers(0, whole - frames + 1))
+    """So many consecutive frames, at a random place."""
+    start = int(generator.integers(0, whole - frames + 1))
     return slice(start, start + frames)

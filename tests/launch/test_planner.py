@@ -12,7 +12,7 @@ import torch
 
 from launch.config import load_config
 from launch.plan import describe_plan, plan, refuse_if_too_large
-from launch.planner import Device, Planner, find_device, sold
+from launch.planner import Device, Planner, _visible, find_device, sold
 from launch.submit import main as submit
 from launch.train import check_memory
 from vjepa.config import ConfigError
@@ -39,7 +39,7 @@ def test_a_plan_knows_views_kept_tokens_and_shared_contexts() -> None:
     planner = Planner(load_config("debug", "primary", [*SMALL, *options]))
     image, video = planner.clips["image"][0], planner.clips["video"][0]
     assert image.context_of == (None, 0, 0, 0)
-    assert len({context for context, _ in image.masks}) == 1
+    assert {context for context, _ in image.masks} == {_visible(image)}
     assert video.views == (ViewSize(4, 64, 16),) * 2 + (ViewSize(2, 32, 2),) * 3
     batch = fake_micro_batch({"video": video, "image": image}, planner.encoder)
     assert (batch["video"].num_global, len(batch["video"].views)) == (2, 5)
