@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.config import DataConfig
 from evals.suites import SUITES
 from vjepa.config import ConfigError, ModelConfig, PredictorSettings, config_hash, merge, read_recipe, to_object
-from vjepa.masking.collate import MaskConfig, micro_batches_per_step
+from vjepa.masking.collate import GroupConfig, MaskConfig, micro_batches_per_step
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.objectives import JEPA, ObjectiveConfig, build_objective
 from vjepa.objectives.regularisers import InvarianceConfig, Regulariser
@@ -92,14 +92,28 @@ class RunConfig:
         objective = build_objective(self.objective, self.model, self.predictor, seed=0, device="meta")
         self._check_clips(objective.encoder.config)
         self._check_views(objective)
+        self._check_masks()
         if needs_sources and (missing := self.missing_sources()):
             raise ConfigError("; ".join(missing))
         batch, micro_batch = self.train.batch.as_dict(), self.train.micro_batch.as_dict()
         try:
-            count = micro_batches_per_step(self.mask, batch=batch, world=world, micro_batch=micro_batch)
+            count = micro_batches_per_step(self.masks, batch=batch, world=world, micro_batch=micro_batch)
         except ValueError as error:
             raise ConfigError(f"train.{error}" if str(error).startswith("batch") else str(error)) from error
         return count
+
+    @property
+    def masks(self) -> MaskConfig:
+        """The masks that are drawn: none, and no groups of clips, where nothing is predicted."""
+        if self.objective.target != "none":
+            return self.mask
+        whole = GroupConfig(**{modality: max(1, size) for modality, size in vars(self.train.batch).items()})
+        return replace(self.mask, video={}, image={}, group=whole)
+
+    def _check_masks(self) -> None:
+        for modality, size in self.train.batch.as_dict().items():
+            if self.objective.target != "none" and not self.mask.of(modality):
+                raise ConfigError(f"mask.{modality} is empty but train.batch.{modality}={size}: name at least one mask")
 
     def _check_views(self, objective: JEPA) -> None:
         """A term that compares views of a clip needs two."""

@@ -20,7 +20,8 @@ from vjepa.batch import Grid, Modality
 from vjepa.config import ConfigError
 from vjepa.masking.blocks import num_kept
 from vjepa.masking.collate import MaskCollator, check_groups
-from vjepa.objectives.build import predictor_for
+from vjepa.objectives import JEPA
+from vjepa.objectives.build import objective_of, predictor_for
 from vjepa.train.accounts import peak_flops
 from vjepa.train.memory import Need, StepMemory
 from vjepa.train.memory_trace import DeviceType, Load, ViewSize, fake_micro_batch
@@ -122,10 +123,15 @@ class Planner:
     # ------------------------------------------------------------------------------------------------ what is counted
 
     @cached_property
+    def objective(self) -> JEPA:
+        """Its shapes."""
+        return objective_of(self.config.objective, self.encoder, self.predictor, device="meta")
+
+    @cached_property
     def clips(self) -> dict[Modality, list[Load]]:
         """One clip with its masks and views, for each sampled group."""
         collate = MaskCollator(
-            self.config.mask,
+            self.config.masks,
             seed=self.config.train.seed,
             batch=self.batch,
             patch_size=self.config.model.patch_size,
@@ -162,7 +168,7 @@ class Planner:
         """Of one clip, the target's forward pass included."""
         with torch.device("meta"):
             micro_batch = fake_micro_batch({modality: clip}, self.encoder)
-        return self.memory(self.config.train.parallel.activations).objective.flops(micro_batch)
+        return self.objective.flops(micro_batch)
 
     @cached_property
     def flops_per_clip(self) -> dict[Modality, float]:
@@ -253,7 +259,7 @@ class Planner:
     def _is_allowed(self, shares: Mapping[Modality, int], count: int) -> bool:
         micro: dict[Modality, int] = {modality: share // count for modality, share in shares.items()}
         try:
-            check_groups(self.config.mask, batch=self.batch, micro_batch=micro)
+            check_groups(self.config.masks, batch=self.batch, micro_batch=micro)
         except ValueError:
             return False
         return True

@@ -104,7 +104,7 @@ def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callabl
     """The loader's stream from any step on, with masks drawn in its workers."""
     batch = config.train.batch.as_dict()
     collate = MaskCollator(
-        config.mask,
+        config.masks,
         seed=config.train.seed,
         batch=batch,
         patch_size=config.model.patch_size,

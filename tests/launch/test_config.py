@@ -196,3 +196,13 @@ def test_every_ablation_is_a_configuration_that_differs_from_the_demo(variant: V
     config = load_config("demo", "primary", overrides, options=options)
     config.check()
     assert (config == load_config("demo", "primary")) == (variant.name == "reference")
+
+
+def test_masks_are_drawn_where_something_is_predicted_and_there_must_be_some() -> None:
+    none = ["run_dir=unused", "mask.video.short=null", "mask.video.long=null"]
+    with pytest.raises(ConfigError, match=r"mask\.video is empty but train\.batch\.video=12"):
+        load_config("debug", "primary", none).check(needs_sources=False)
+    local = ["data.video.clip.local.size=32", "data.image.clip.local.size=32"]
+    config = load_config("debug", "primary", [*none, *local, "train.micro_batch.video=4"], options=["lejepa"])
+    assert config.check(needs_sources=False) == 3
+    assert not config.masks.video

@@ -103,7 +103,7 @@ def make_sample(config: RunConfig, modality: Modality, ordinal: int) -> MadeSamp
 def make_batch(config: RunConfig, ordinals: Sequence[int]) -> dict[Modality, Batch]:
     sizes = config.train.batch.as_dict()
     collate = MaskCollator(
-        config.mask,
+        config.masks,
         seed=0,
         batch=sizes,
         patch_size=config.model.patch_size,

@@ -136,7 +136,7 @@ EARLY = (
     "train.steps=20",
     "train.diagnostics_every=4",
     "train.checkpoint.keep=20",
-    "train.alarms={warmup_steps: 2, rankme_drop: 0.1, covariance_rank_drop: 0.1, min_cross_sample_gap: -1, max_nmse: 3}",
+    "train.alarms={warmup_steps: 2, rankme_drop: 0.1, covariance_rank_drop: 0.1, min_cross_sample_gap: -1, max_nmse: 3.0}",
 )
 STOP, ROLL_BACK = (f"train.alarms.on_collapse={policy}" for policy in ("stop", "roll_back"))
 

@@ -202,8 +202,6 @@ def check_groups(config: MaskConfig, *, batch: Mapping[Modality, int], micro_bat
             continue
         whole, micro = batch[modality], micro_batch[modality]
         group = min(config.group.of(modality), whole)
-        if not config.of(modality):
-            raise ValueError(f"mask.{modality} is empty but batch.{modality}={whole}: name at least one mask")
         if whole % group:
             raise ValueError(f"mask.group.{modality}={group} must divide the global batch batch.{modality}={whole}")
         if group % micro:
