@@ -1,10 +1,11 @@
 """Every knob of the data room, with its rule. The dataclasses double as an OmegaConf structured schema."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Backend = Literal["auto", "torchcodec", "pyav"]
+ViewTimes = Literal["shared", "own"]
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -24,6 +25,33 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.weight) and self.weight > 0, "weight", self.weight, "must be a positive number")
+
+
+def _require_scale(low: float, high: float, prefix: str = "") -> None:
+    _require(0 < low <= 1, f"{prefix}scale_min", low, "must be in (0, 1]")
+    _require(low <= high <= 1, f"{prefix}scale_max", high, f"must be between {prefix}scale_min={low} and 1")
+
+
+@dataclass
+class LocalConfig:
+    """Local views of a clip: small crops of it (multi-crop); aspect and flip are the clip's."""
+
+    views: int = 0
+    """Local views of a sample, after the full-size ones; 0 switches them off."""
+    size: int = 96
+    """Height and width in pixels."""
+    frames: int | None = None
+    """Consecutive frames of a local view, at the clip's fps; null: as many as the clip has."""
+    scale_min: float = 0.05
+    """Smallest crop, as a share of the frame's area."""
+    scale_max: float = 0.3
+    """Largest crop, as a share of the frame's area."""
+
+    def __post_init__(self) -> None:
+        _require(self.views >= 0, "local.views", self.views, "must not be negative; 0 switches local views off")
+        _require(self.size >= 1, "local.size", self.size, "must be at least 1 pixel")
+        _require(self.frames is None or self.frames >= 1, "local.frames", self.frames, "a view needs at least 1 frame")
+        _require_scale(self.scale_min, self.scale_max, "local.")
 
 
 @dataclass
@@ -47,19 +75,17 @@ class ClipConfig:
     flip: float = 0.5
     """Probability of a horizontal flip (of the whole clip)."""
     views: int = 1
-    """Independent crops taken from the same decoded frames."""
+    """Independent full-size crops of a sample: its global views."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    """Smaller crops besides."""
+    view_times: ViewTimes = "shared"
+    """`shared`: all views show the same frames (a shorter local one some of them); `own`: each its own time."""
 
     def __post_init__(self) -> None:
         _require(self.frames >= 1, "frames", self.frames, "a clip needs at least 1 frame")
         _require(math.isfinite(self.fps) and self.fps > 0, "fps", self.fps, "must be positive")
         _require(self.size >= 1, "size", self.size, "must be at least 1 pixel")
-        _require(0 < self.scale_min <= 1, "scale_min", self.scale_min, "must be in (0, 1]")
-        _require(
-            self.scale_min <= self.scale_max <= 1,
-            "scale_max",
-            self.scale_max,
-            f"must be between scale_min={self.scale_min} and 1",
-        )
+        _require_scale(self.scale_min, self.scale_max)
         _require(self.aspect_min > 0, "aspect_min", self.aspect_min, "must be positive")
         _require(
             self.aspect_max >= self.aspect_min,
@@ -69,6 +95,25 @@ class ClipConfig:
         )
         _require(0 <= self.flip <= 1, "flip", self.flip, "is a probability, between 0 and 1")
         _require(self.views >= 1, "views", self.views, "a sample needs at least 1 view")
+        _require(
+            (self.local.frames or 1) <= self.frames,
+            "local.frames",
+            self.local.frames,
+            f"must not exceed the clip's frames={self.frames}",
+        )
+        _require(self.view_times in ("shared", "own"), "view_times", self.view_times, "shared or own")
+
+    def crops(self) -> tuple["ClipConfig", ...]:
+        """Each view as a clip of its own, global ones first."""
+        whole, local = replace(self, views=1, local=LocalConfig()), self.local
+        part = replace(
+            whole,
+            frames=local.frames or self.frames,
+            size=local.size,
+            scale_min=local.scale_min,
+            scale_max=local.scale_max,
+        )
+        return (whole,) * self.views + (part,) * local.views
 
 
 @dataclass
@@ -116,6 +161,8 @@ class DataConfig:
         _require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "must be positive")
         frames = self.image.clip.frames
         _require(frames == 1, "image.clip.frames", frames, "an image has 1 frame; use `video` for clips")
+        times = self.image.clip.view_times
+        _require(times == "shared", "image.clip.view_times", times, "an image has one time, which its views share")
 
     def modalities(self) -> dict[str, ModalityConfig]:
         """The modalities that have sources, video first."""

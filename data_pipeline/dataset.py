@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from data_pipeline.clips import random_clip_times
+from data_pipeline.clips import random_view_times
 from data_pipeline.config import Backend, ClipConfig, DataConfig, ModalityConfig
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
 from data_pipeline.plan import Place, Plan, Source, hash64
@@ -30,12 +30,13 @@ class _Modality:
     """One modality, opened: its shards in the order of the plan's sources."""
 
     clip: ClipConfig
+    crops: tuple[ClipConfig, ...]
     names: list[str] = field(default_factory=list)
     shards: list[Shards] = field(default_factory=list)
 
     @classmethod
     def open(cls, modality: str, config: ModalityConfig) -> "_Modality":
-        opened = cls(config.clip)
+        opened = cls(config.clip, config.clip.crops())
         for name, source in config.sources.items():
             opened.names.append(name)
             opened.shards.append(Shards(source.path, modality))
@@ -107,13 +108,21 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         data, row = opened.shards[place.source].read(place.index, verify=config.verify_bytes)
         generator = np.random.default_rng([self.seed, hash64(modality), ordinal, attempt])
         decoder = open_decoder(data, modality, backend=self.backend, max_pixels=config.max_pixels)
-        times = random_clip_times(decoder.info, opened.clip.frames, opened.clip.fps, generator)
-        frames = frames_at(decoder, times)  # [T, C, H0, W0]
-        views = tuple(make_view(frames, opened.clip, generator) for _ in range(opened.clip.views))
-        extra = {name: value for name, value in row.items() if name not in _PRIVATE} | {"timestamps": times}
-        return Sample(ordinal, row["key"], opened.names[place.source], modality, views, extra, rejected)
+        times, spans = random_view_times(decoder.info, opened.crops, opened.clip.view_times, generator)
+        frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
+        views = tuple(make_view(frames[span], crop, generator) for span, crop in zip(spans, opened.crops, strict=True))
+        extra = {name: value for name, value in row.items() if name not in _PRIVATE} | _timestamps(times, spans)
+        source = opened.names[place.source]
+        return Sample(ordinal, row["key"], source, modality, views, extra, rejected, opened.clip.views)
 
     def _bad(self, modality: str, ordinal: int, place: Place, reason: str) -> BadSample:
         opened = self._opened[modality]
         key = opened.shards[place.source].row(place.index)["key"]
         return BadSample(ordinal, modality, key, opened.names[place.source], reason)
+
+
+def _timestamps(times: np.ndarray, spans: list[slice]) -> dict[str, Any]:
+    """The first view's times, and those of all where they are not the same."""
+    differ = any(span != spans[0] for span in spans)
+    each = {"view_timestamps": tuple(times[span] for span in spans)} if differ else {}
+    return {"timestamps": times[spans[0]], **each}

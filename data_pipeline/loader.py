@@ -192,7 +192,7 @@ def _check_modalities(config: DataConfig, batch: dict[str, int]) -> None:
 
 def clip_bytes(clip: ClipConfig) -> int:
     """Size of one sample's views in bytes."""
-    return clip.views * 3 * clip.frames * clip.size * clip.size
+    return sum(3 * crop.frames * crop.size * crop.size for crop in clip.crops())
 
 
 def _check_shared_memory(config: DataConfig, micro: dict[str, int]) -> None:

@@ -26,8 +26,11 @@ class BadSample:
 class Sample:
     """One record, decoded and cropped.
 
-    Every view is uint8 `[C, T, H, W]`, contiguous. `extra` holds `timestamps` (float64 `[T]`, seconds inside the
-    record) and the record's own metadata: `start` (seconds inside the original file), `source_path`, labels.
+    Every view is uint8 `[C, T, H, W]`, contiguous; the first `num_global` (0: all) are full-size crops, the
+    others local ones.
+    `extra` holds `timestamps` of the first view (float64 `[T]`, seconds inside the record), where views differ in
+    time `view_timestamps` (one such array for each), and the record's own metadata: `start` (seconds inside the
+    original file), `source_path`, labels.
     """
 
     ordinal: int
@@ -37,6 +40,7 @@ class Sample:
     views: tuple[Tensor, ...]
     extra: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[BadSample, ...] = ()
+    num_global: int = 0
 
     @property
     def clip(self) -> Tensor:

@@ -14,6 +14,7 @@ from data_pipeline.config import DataConfig
 from evals.suites import SUITES
 from vjepa.config import ConfigError, ModelConfig, PredictorSettings, config_hash, merge, read_recipe, to_object
 from vjepa.masking.collate import MaskConfig, micro_batches_per_step
+from vjepa.nn.encoder import EncoderConfig
 from vjepa.objectives import ObjectiveConfig
 from vjepa.objectives.terms import WholeBatchTerm, build_terms
 from vjepa.train.config import TrainConfig
@@ -89,16 +90,7 @@ class RunConfig:
         """Refuse combinations that no single field can see; the micro-batches per step and rank."""
         terms = build_terms(self.objective.terms)
         encoder = self.model.encoder_config()
-        for modality, clip in (("video", self.data.video.clip), ("image", self.data.image.clip)):
-            if clip.size % encoder.patch_size:
-                raise ConfigError(
-                    f"data.{modality}.clip.size={clip.size} must be a multiple of model.patch_size={encoder.patch_size}"
-                )
-        if self.data.video.clip.frames % encoder.tubelet_size:
-            raise ConfigError(
-                f"data.video.clip.frames={self.data.video.clip.frames} must be a multiple of "
-                f"model.tubelet_size={encoder.tubelet_size}"
-            )
+        self._check_clips(encoder)
         if needs_sources and (missing := self.missing_sources()):
             raise ConfigError("; ".join(missing))
         batch, micro_batch = self.train.batch.as_dict(), self.train.micro_batch.as_dict()
@@ -114,6 +106,24 @@ class RunConfig:
                 "train.micro_batch as large as a rank's share"
             )
         return count
+
+    def _check_clips(self, encoder: EncoderConfig) -> None:
+        """Every view of a clip is cut into whole patches and tubelets."""
+        for modality, clip in (("video", self.data.video.clip), ("image", self.data.image.clip)):
+            sizes = {"size": clip.size} | ({"local.size": clip.local.size} if clip.local.views else {})
+            for name, size in sizes.items():
+                if size % encoder.patch_size:
+                    raise ConfigError(
+                        f"data.{modality}.clip.{name}={size} must be a multiple of "
+                        f"model.patch_size={encoder.patch_size}"
+                    )
+        clip = self.data.video.clip
+        frames = {"frames": clip.frames} | ({"local.frames": clip.crops()[-1].frames} if clip.local.views else {})
+        for name, count in frames.items():
+            if count % encoder.tubelet_size:
+                raise ConfigError(
+                    f"data.video.clip.{name}={count} must be a multiple of model.tubelet_size={encoder.tubelet_size}"
+                )
 
     def suites(self) -> dict[str, SuiteConfig]:
         """What `python -m launch.evaluate` asks the frozen encoder."""

@@ -38,7 +38,6 @@ from vjepa.train import checkpoint
 from vjepa.train.run_dir import RunDir
 
 NUM_PICTURED = 4  # clips in the picture of predicted masks
-EXPORTED = {"ema": "target.encoder", "online": "encoder"}  # where a checkpoint keeps it, by objective.target
 
 
 class EvaluationError(ValueError):
@@ -182,7 +181,7 @@ def _encoder(job: Job, config: RunConfig) -> Encoder:
     encoder, _ = build_models(config.model, config.predictor, seed=config.train.seed)
     if job.step is not None:
         path = checkpoint.checkpoint_path(RunDir(job.run).checkpoints, job.step)
-        checkpoint.load_module(path, encoder, EXPORTED[config.objective.target])
+        checkpoint.load_module(path, encoder, "target.encoder" if config.objective.target == "ema" else "encoder")
     return encoder
 
 

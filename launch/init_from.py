@@ -28,7 +28,7 @@ def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE
         weights = from_pretrained(path).state_dict()
         for encoder in {objective.encoder, objective.exported}:
             load_strict(encoder, weights, source=str(path))
-        return f"{'encoder' if objective.target is None else 'encoder and target'} of {path}"
+        return f"{'encoder' if objective.exported is objective.encoder else 'encoder and target'} of {path}"
     raise ConfigError(
         f"init_from={path} is no run with a checkpoint, no exported folder (RUN/exports/STAGE) and no released .pt file"
     )

@@ -8,19 +8,22 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import get_args
 
 import torch
 
+from data_pipeline.config import ClipConfig
 from launch.config import RunConfig
 from vjepa.batch import Grid, Modality
 from vjepa.config import ConfigError
+from vjepa.masking.blocks import num_kept
 from vjepa.masking.collate import MaskCollator, check_groups
+from vjepa.objectives.build import predictor_for
 from vjepa.train.accounts import peak_flops
 from vjepa.train.memory import Need, StepMemory
-from vjepa.train.memory_trace import DeviceType, Load, fake_micro_batch
+from vjepa.train.memory_trace import DeviceType, Load, ViewSize, fake_micro_batch
 from vjepa.train.parallel import Activations, ParallelConfig
 
 GIB = 2**30
@@ -113,14 +116,14 @@ class Planner:
         self.device_type: DeviceType = device_type
         self.batch = config.train.batch.as_dict()
         self.encoder = config.model.encoder_config()
-        self.predictor = config.predictor.predictor_config(self.encoder)
+        self.predictor = predictor_for(config.objective, config.predictor, self.encoder)
         self._memories: dict[Activations, StepMemory] = {}
 
     # ------------------------------------------------------------------------------------------------ what is counted
 
     @cached_property
-    def masks(self) -> dict[Modality, list[tuple[tuple[int, int], ...]]]:
-        """Context and masked tokens of every mask, for each sampled group."""
+    def clips(self) -> dict[Modality, list[Load]]:
+        """One clip with its masks and views, for each sampled group."""
         collate = MaskCollator(
             self.config.mask,
             seed=self.config.train.seed,
@@ -133,30 +136,38 @@ class Planner:
             for modality in self.batch
         }
 
-    def _group(self, collate: MaskCollator, modality: Modality, step: int) -> tuple[tuple[int, int], ...]:
-        frames, size = self._clip(modality)
-        side = size // self.encoder.patch_size
-        grid: Grid = (max(1, frames // self.encoder.tubelet_size), side, side)
-        masks = collate.masks(modality, step, (step * self.batch[modality],), grid)
-        return tuple((mask.context.shape[1], mask.masked.shape[1]) for mask in masks)
-
-    def _clip(self, modality: Modality) -> tuple[int, int]:
+    def _group(self, collate: MaskCollator, modality: Modality, step: int) -> Load:
         clip = self.config.data.video.clip if modality == "video" else self.config.data.image.clip
-        return (clip.frames if modality == "video" else 1), clip.size
+        masks = collate.masks(modality, step, (step * self.batch[modality],), self._grid(clip))
+        return Load(
+            clips=1,
+            frames=clip.frames,
+            size=clip.size,
+            masks=tuple((mask.context.shape[1], mask.masked.shape[1]) for mask in masks),
+            context_of=tuple(mask.context_of for mask in masks),
+            views=tuple(self._view(crop) for crop in clip.crops()),
+            num_global=clip.views,
+        )
 
-    def _load(self, modality: Modality, clips: int, masks: tuple[tuple[int, int], ...]) -> Load:
-        return Load(clips, *self._clip(modality), masks)
+    def _grid(self, clip: ClipConfig) -> Grid:
+        side = clip.size // self.encoder.patch_size
+        return max(1, clip.frames // self.encoder.tubelet_size), side, side
 
-    def _flops(self, modality: Modality, masks: tuple[tuple[int, int], ...]) -> int:
+    def _view(self, crop: ClipConfig) -> ViewSize:
+        keep = self.config.mask.views.keep
+        kept = None if keep == 1 else num_kept(math.prod(self._grid(crop)), keep)
+        return ViewSize(crop.frames, crop.size, kept)
+
+    def _flops(self, modality: Modality, clip: Load) -> int:
         """Of one clip, the target's forward pass included."""
         with torch.device("meta"):
-            clip = fake_micro_batch({modality: self._load(modality, 1, masks)}, self.encoder)
-        return self.memory(self.config.train.parallel.activations).objective.flops(clip)
+            micro_batch = fake_micro_batch({modality: clip}, self.encoder)
+        return self.memory(self.config.train.parallel.activations).objective.flops(micro_batch)
 
     @cached_property
     def flops_per_clip(self) -> dict[Modality, float]:
         """The mean over the sampled masks."""
-        return {m: statistics.fmean(self._flops(m, masks) for masks in groups) for m, groups in self.masks.items()}
+        return {m: statistics.fmean(self._flops(m, clip) for clip in found) for m, found in self.clips.items()}
 
     @property
     def flops_per_step(self) -> float:
@@ -178,10 +189,10 @@ class Planner:
     def memory(self, activations: Activations) -> StepMemory:
         """Of micro-batches with the heaviest sampled masks, which are those with the most visible tokens."""
         if activations not in self._memories:
-            heaviest = {m: max(found, key=lambda masks: sum(c for c, _ in masks)) for m, found in self.masks.items()}
+            heaviest = {m: max(found, key=_visible) for m, found in self.clips.items()}
             self._memories[activations] = StepMemory(
                 *(self.encoder, self.predictor, self.config.objective),
-                {m: self._load(m, clips, heaviest[m]) for m, clips in self._unit.items()},
+                {m: replace(heaviest[m], clips=clips) for m, clips in self._unit.items()},
                 activations=activations,
                 precision=self.config.train.precision,
                 device_type=self.device_type,
@@ -246,6 +257,11 @@ class Planner:
         except ValueError:
             return False
         return True
+
+
+def _visible(clip: Load) -> int:
+    """Context tokens of all masks, a shared context once."""
+    return sum(count for (count, _), of in zip(clip.masks, clip.context_of, strict=True) if of is None)
 
 
 def _parallel(ranks: int, is_compiled: bool) -> Iterator[ParallelConfig]:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from launch.config import RunConfig, load_for_resume
 from vjepa.batch import MicroBatch
-from vjepa.config import ConfigError, build_models
-from vjepa.objectives.jepa import JEPA, freeze_unused
+from vjepa.config import ConfigError
+from vjepa.objectives import JEPA, build_objective
+from vjepa.objectives.jepa import freeze_unused
 from vjepa.train import checkpoint
 from vjepa.train.incident import read_micro_batches
 from vjepa.train.run_dir import RunDir
@@ -45,7 +46,7 @@ class Replay:
 
 def load_objective(run: RunDir, config: RunConfig, step: int, asked: int | None) -> tuple[JEPA, str]:
     """The objective with the weights of the newest, or the asked, checkpoint before `step`; which, in words."""
-    objective = JEPA(config.objective, *build_models(config.model, config.predictor, seed=config.train.seed))
+    objective = build_objective(config.objective, config.model, config.predictor, seed=config.train.seed)
     freeze_unused(objective, list(config.train.batch.as_dict()))
     saved = {number: path for number, path in checkpoint.committed(run.checkpoints) if number < step}
     if asked is not None and asked not in saved:
@@ -63,9 +64,8 @@ def replay(objective: JEPA, micro_batch: MicroBatch, step: int, precision: str) 
     with _watching(objective, found):
         loss = _loss(objective, micro_batch, step, precision)
     loss.backward()
-    norms = {
-        name: _grad_norm(part) for name, part in (("encoder", objective.encoder), ("predictor", objective.predictor))
-    }
+    parts = {"encoder": objective.encoder, "predictor": objective.predictor}
+    norms = {name: _grad_norm(part) for name, part in parts.items() if part is not None}
     objective.zero_grad(set_to_none=True)
     clips = []
     with torch.no_grad():

@@ -30,7 +30,7 @@ from launch.report_figures import (
 from launch.report_page import page
 from launch.report_pictures import pca_figures
 from launch.report_run import Run, read_run
-from vjepa.config import build_models
+from vjepa.objectives import build_objective
 from vjepa.train.diagnostics import METRIC_KEY, CollapseAlarms
 from vjepa.train.run_dir import RunDir
 
@@ -71,15 +71,17 @@ def build_report(run_dir: Path) -> Path:
 
 def _tiles(run: Run) -> dict[str, str]:
     """The figures at the top of the page."""
-    encoder, predictor = build_models(run.config.model, run.config.predictor, seed=0, device=torch.device("meta"))
+    config = run.config
+    objective = build_objective(config.objective, config.model, config.predictor, seed=0, device="meta")
     stage = run.summary.get("stages", {}).get(run.config.stage, {})
     tiles = {
         "steps": f"{run.rows[-1]['step']:,} of {run.config.train.steps:,}",
         "training time": _duration(stage["seconds"]) if "seconds" in stage else "not finished",
         "last loss": f"{run.rows[-1]['loss']:.4f}",
-        "encoder parameters": f"{_count(encoder):,}",
-        "predictor parameters": f"{_count(predictor):,}",
+        "encoder parameters": f"{_count(objective.encoder):,}",
     }
+    if objective.predictor is not None:
+        tiles["predictor parameters"] = f"{_count(objective.predictor):,}"
     speeds = [row["clips_per_second"] for row in run.rows if "clips_per_second" in row]
     if speeds:
         tiles["clips per second (median)"] = f"{statistics.median(speeds):.1f}"

@@ -24,7 +24,8 @@ from launch.plan import plan
 from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB
 from launch.report import build_report
 from launch.train import add_run_arguments, load
-from vjepa.config import ConfigError, build_models, config_hash, to_yaml
+from vjepa.config import ConfigError, config_hash, to_yaml
+from vjepa.objectives import build_objective
 from vjepa.train.run_dir import RunDir
 
 DEFAULT_RECIPE = "demo"
@@ -49,9 +50,10 @@ def choose_recipe(asked: str | None) -> tuple[str, str]:
 
 def describe(config: RunConfig) -> str:
     """What --dry-run prints first: the resolved configuration and the parameter counts."""
-    encoder, predictor = build_models(config.model, config.predictor, seed=0, device="meta")
-    counts = {"encoder": encoder, "predictor": predictor}
-    lines = [f"{name}: {sum(p.numel() for p in module.parameters()):,} parameters" for name, module in counts.items()]
+    objective = build_objective(config.objective, config.model, config.predictor, seed=0, device="meta")
+    parts = {"encoder": objective.encoder, "predictor": objective.predictor, "heads": objective.heads}
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+    lines = [f"{name}: {size:,} parameters" for name, size in sizes.items() if size]
     yaml = to_yaml(config)
     lines += [
         f"configuration {config_hash(yaml)}",

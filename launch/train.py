@@ -26,9 +26,11 @@ from launch.init_from import load_initial_weights
 from launch.plan import refuse_if_too_large
 from launch.prepare import prepare_data
 from vjepa.batch import MicroBatch
-from vjepa.config import ConfigError, build_models, to_yaml
+from vjepa.config import ConfigError, to_yaml
 from vjepa.masking.collate import MaskCollator
-from vjepa.objectives.jepa import JEPA, freeze_unused
+from vjepa.objectives import JEPA, build_objective
+from vjepa.objectives.build import load_teacher
+from vjepa.objectives.jepa import freeze_unused
 from vjepa.train.distributed import World, init_world, leave_process
 from vjepa.train.record import Interrupted
 from vjepa.train.run_dir import RunDir, write_text
@@ -48,8 +50,8 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
         world.on_main(lambda: _open_run(run, config, resume))
         world.on_main(lambda: check_memory(config, world))
         batch = config.train.batch.as_dict()
-        objective = JEPA(
-            config.objective, *build_models(config.model, config.predictor, seed=config.train.seed, device="meta")
+        objective = build_objective(
+            config.objective, config.model, config.predictor, seed=config.train.seed, device="meta"
         )
         frozen = freeze_unused(objective, list(batch))
         trainer = Trainer(
@@ -83,6 +85,7 @@ def check_memory(config: RunConfig, world: World) -> None:
 def _fill(config: RunConfig, objective: JEPA, world: World, *, resume: bool) -> None:
     """The values a run starts from: drawn from its seed, or those of `init_from`."""
     objective.initialise(seed=config.train.seed, weight_std=config.model.init_std)
+    load_teacher(objective)
     if config.init_from is not None and not resume:
         say(world, f"starting from {load_initial_weights(objective, config.init_from, world)}")
 
@@ -155,11 +158,12 @@ def _finish(config: RunConfig, run: RunDir, trainer: Trainer, weights: Mapping[s
 def _summary_line(
     config: RunConfig, world: World, objective: JEPA, num_micro_batches: int, frozen: Sequence[str]
 ) -> str:
-    encoder = sum(p.numel() for p in objective.encoder.parameters())
-    predictor = sum(p.numel() for p in objective.predictor.parameters())
+    counts = {"encoder": objective.encoder, "predictor": objective.predictor, "heads": objective.heads}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in counts.items() if module is not None}
+    parameters = " and ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
     batch = ", ".join(f"{size} {modality}" for modality, size in config.train.batch.as_dict().items())
     return (
-        f"{config.recipe}/{config.stage}: encoder {encoder:,} and predictor {predictor:,} parameters, {world.size} "
+        f"{config.recipe}/{config.stage}: {parameters} parameters, target {config.objective.target}, {world.size} "
         f"rank(s) on {world.device.type}, global batch {batch}, {num_micro_batches} micro-batch(es) per step, "
         f"{config.train.precision}" + (f"; not trained: {', '.join(frozen)}" if frozen else "")
     )

@@ -37,30 +37,47 @@ class Mask:
 
     context: Tensor  # [B, K] int64, visible to the context encoder
     masked: Tensor  # [B, M] int64, to be predicted
+    context_of: int | None = None  # number in the batch's masks of an earlier one with this very context
 
     def take(self, clips: slice) -> Mask:
-        return Mask(self.context[clips], self.masked[clips])
+        return replace(self, context=self.context[clips], masked=self.masked[clips])
 
     def to(self, device: torch.device) -> Mask:
-        return Mask(self.context.to(device, non_blocking=True), self.masked.to(device, non_blocking=True))
+        context, masked = (x.to(device, non_blocking=True) for x in (self.context, self.masked))
+        return replace(self, context=context, masked=masked)
 
     def pin_memory(self) -> Mask:
-        return Mask(self.context.pin_memory(), self.masked.pin_memory())
+        return replace(self, context=self.context.pin_memory(), masked=self.masked.pin_memory())
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one modality."""
+    """One micro-batch of one modality.
+
+    Masks and grid are those of the first view. The first `num_global` views show most of a frame at full size, the
+    others are local: smaller crops, maybe of fewer frames, each with a grid of its own.
+    """
 
     modality: Modality
     step: int
     ordinals: tuple[int, ...]  # places in the run's global order, one per clip
     keys: tuple[str, ...]  # "source/key" of each clip
-    views: tuple[Tensor, ...]  # each [B, C, T, H, W] uint8
+    views: tuple[Tensor, ...]  # each [B, C, T, H, W] uint8, global ones first
     masks: tuple[Mask, ...]
     grid: Grid
     extra: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[Any, ...] = ()  # records that could not be decoded and were replaced
+    num_global: int = 0  # global views; 0: all
+    view_contexts: tuple[Tensor | None, ...] = ()  # of each view the tokens kept, [B, K] ascending; None, or (): all
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_global", self.num_global or len(self.views))
+        object.__setattr__(self, "view_contexts", self.view_contexts or (None,) * len(self.views))
+        if self.num_global > len(self.views) or len(self.view_contexts) != len(self.views):
+            raise ValueError(
+                f"a batch of {len(self.views)} views cannot have num_global={self.num_global} of them and "
+                f"{len(self.view_contexts)} view_contexts, one for each"
+            )
 
     @property
     def clips(self) -> Tensor:
@@ -78,16 +95,25 @@ class Batch:
             keys=self.keys[clips],
             views=tuple(view[clips] for view in self.views),
             masks=tuple(mask.take(clips) for mask in self.masks),
+            view_contexts=tuple(context if context is None else context[clips] for context in self.view_contexts),
             extra={name: values[clips] for name, values in self.extra.items()},
         )
 
     def to(self, device: torch.device) -> Batch:
-        views = tuple(view.to(device, non_blocking=True) for view in self.views)
-        return replace(self, views=views, masks=tuple(mask.to(device) for mask in self.masks))
+        return replace(
+            self,
+            views=tuple(view.to(device, non_blocking=True) for view in self.views),
+            masks=tuple(mask.to(device) for mask in self.masks),
+            view_contexts=tuple(x if x is None else x.to(device, non_blocking=True) for x in self.view_contexts),
+        )
 
     def pin_memory(self) -> Batch:
-        views = tuple(view.pin_memory() for view in self.views)
-        return replace(self, views=views, masks=tuple(mask.pin_memory() for mask in self.masks))
+        return replace(
+            self,
+            views=tuple(view.pin_memory() for view in self.views),
+            masks=tuple(mask.pin_memory() for mask in self.masks),
+            view_contexts=tuple(x if x is None else x.pin_memory() for x in self.view_contexts),
+        )
 
 
 MicroBatch = Mapping[Modality, Batch]

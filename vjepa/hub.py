@@ -57,15 +57,20 @@ def from_pretrained(
     path = Path(path)
     if path.is_file():
         encoder, _ = import_official(path, attention=attention)
-    elif not (path / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"{path} holds no {CONFIG}: give a folder written by vjepa.hub.save_pretrained (RUN/exports/STAGE) or a "
-            "released .pt file. Nothing is downloaded by name."
-        )
     else:
-        encoder = Encoder(_read_config(path / CONFIG), attention=attention)
+        encoder = Encoder(_read_config(_config_file(path)), attention=attention)
         load_strict(encoder, load_file(path / WEIGHTS), source=str(path / WEIGHTS))
     return encoder.to(device or "cpu").eval()
+
+
+def encoder_config(path: Path | str) -> EncoderConfig:
+    """The configuration of what `from_pretrained` would give, without its weights."""
+    path = Path(path)
+    if path.is_file():
+        checkpoint = _read_checkpoint(path)
+        encoder = checkpoint[_choose_key(checkpoint, None, path)]
+        return _Official(_clean(encoder), {}, str(path)).encoder_config(None)
+    return _read_config(_config_file(path))
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
@@ -82,6 +87,15 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str) 
         raise WeightsError(_listing(f"{source} does not fit {type(module).__name__}", problems))
     for name, tensor in module.state_dict().items():
         assign(tensor, state[name])
+
+
+def _config_file(folder: Path) -> Path:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {CONFIG}: give a folder written by vjepa.hub.save_pretrained (RUN/exports/STAGE) or a "
+            "released .pt file. Nothing is downloaded by name."
+        )
+    return folder / CONFIG
 
 
 def _read_config(path: Path) -> EncoderConfig:

@@ -54,6 +54,8 @@ def test_exported_weights_fill_encoder_and_target_and_leave_the_predictor(source
     exported = vjepa.from_pretrained(source / "exports/primary").state_dict()
     for encoder in (filled.encoder, filled.exported):
         assert all(torch.equal(value, exported[name]) for name, value in encoder.state_dict().items())
+    assert fresh.predictor is not None
+    assert filled.predictor is not None
     before = fresh.predictor.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in filled.predictor.state_dict().items())
 

@@ -23,6 +23,7 @@ class FakeSample:
     source: str = "source"
     extra: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[Any, ...] = ()
+    num_global: int = 0
 
     @property
     def key(self) -> str:

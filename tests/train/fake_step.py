@@ -12,7 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tests.train.live_storages import LiveStorages
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.nn.predictor import PredictorConfig
-from vjepa.objectives.jepa import JEPA, ObjectiveConfig, freeze_unused
+from vjepa.objectives import JEPA, ObjectiveConfig
+from vjepa.objectives.jepa import freeze_unused
 from vjepa.train.distributed import World
 from vjepa.train.memory_trace import DeviceType, Loads, Precision, fake_micro_batch, fake_tensors, objective_on_meta
 from vjepa.train.optim import OptimConfig, build_optimizer

@@ -15,7 +15,8 @@ from vjepa.batch import Modality
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.nn.predictor import PredictorConfig
 from vjepa.nn.rope import grid_table
-from vjepa.objectives.jepa import ObjectiveConfig, freeze_unused
+from vjepa.objectives import ObjectiveConfig
+from vjepa.objectives.jepa import freeze_unused
 from vjepa.registry import model_config
 from vjepa.train.distributed import World
 from vjepa.train.memory import StepMemory, count_elements

@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 from vjepa.config import ModelConfig, PredictorSettings, build_models
-from vjepa.objectives.jepa import JEPA, ObjectiveConfig, freeze_unused
+from vjepa.objectives import JEPA, ObjectiveConfig
+from vjepa.objectives.jepa import freeze_unused
 from vjepa.train.optim import OptimConfig, build_optimizer, split_parameters
 
 

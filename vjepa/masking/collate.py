@@ -5,6 +5,7 @@ A Sample is anything with the fields below (data_pipeline's, or a user's own): t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vjepa.batch import MODALITIES, Batch, Grid, Mask, Modality
-from vjepa.masking.blocks import BlockMaskConfig, Truncate, group_masks, rng
+from vjepa.masking.blocks import BlockMaskConfig, Truncate, group_masks, kept_tokens, rng
 
 
 class SampleLike(Protocol):
-    """What the door asks of a sample; views are uint8 [C, T, H, W]."""
+    """What the door asks of a sample; views are uint8 [C, T, H, W], the first `num_global` (0: all) global ones."""
 
     @property
     def ordinal(self) -> int: ...
@@ -33,6 +34,8 @@ class SampleLike(Protocol):
     def extra(self) -> dict[str, Any]: ...
     @property
     def rejected(self) -> tuple[Any, ...]: ...
+    @property
+    def num_global(self) -> int: ...
 
 
 def _video_masks() -> dict[str, BlockMaskConfig | None]:
@@ -55,6 +58,17 @@ class GroupConfig:
 
 
 @dataclass
+class ViewsConfig:
+    """What the encoder sees of a view that it encodes as a whole."""
+
+    keep: float = 1.0  # share of its tokens, drawn at random for each clip and view (LeVJEPA: 0.05); 1: all
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"mask.views.keep={self.keep} must be above 0 and at most 1, which keeps all tokens")
+
+
+@dataclass
 class MaskConfig:
     """All masks of a run."""
 
@@ -63,6 +77,7 @@ class MaskConfig:
     group: GroupConfig = field(default_factory=GroupConfig)  # clips cut to the same token counts
     per_step: int | None = None  # masks used in one step, drawn from the named ones; null: all, as in V-JEPA
     truncate: Truncate = "random"  # how a clip is cut to its group's counts: random, or the reference's prefix
+    views: ViewsConfig = field(default_factory=ViewsConfig)  # token drop
 
     def __post_init__(self) -> None:
         if self.per_step is not None and self.per_step < 1:
@@ -104,14 +119,16 @@ class MaskCollator:
             grid=grid,
             extra={name: [sample.extra.get(name) for sample in samples] for name in _names(samples)},
             rejected=tuple(record for sample in samples for record in sample.rejected),
+            num_global=first.num_global,
+            view_contexts=self._view_contexts(modality, step, ordinals, views),
         )
 
     def masks(self, modality: Modality, step: int, ordinals: Sequence[int], grid: Grid) -> tuple[Mask, ...]:
-        """The masks of these clips, in the order of the configuration's names."""
+        """The masks of these clips, in the order of the configuration's names; those of one name share a context."""
         group = self._group(modality, step, ordinals)
-        masks = []
+        masks: list[Mask] = []
         for name, config in self._chosen(modality, step).items():
-            context, masked = group_masks(
+            context, *predicted = group_masks(
                 config,
                 grid,
                 seed=self.seed,
@@ -121,8 +138,31 @@ class MaskCollator:
                 wanted=ordinals,
                 how=self.config.truncate,
             )
-            masks.append(Mask(torch.from_numpy(context), torch.from_numpy(masked)))
+            visible, first = torch.from_numpy(context), len(masks)
+            for masked in predicted:
+                masks.append(Mask(visible, torch.from_numpy(masked), first if len(masks) > first else None))
         return tuple(masks)
+
+    def _view_contexts(
+        self, modality: Modality, step: int, ordinals: Sequence[int], views: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Of every view the tokens that are kept; () where all are."""
+        keep = self.config.views.keep
+        if keep == 1:
+            return ()
+        kept = [
+            kept_tokens(
+                math.prod(self._grid(view)),
+                keep,
+                seed=self.seed,
+                step=step,
+                name=modality,
+                view=number,
+                wanted=ordinals,
+            )
+            for number, view in enumerate(views)
+        ]
+        return tuple(map(torch.from_numpy, kept))
 
     def _chosen(self, modality: Modality, step: int) -> dict[str, BlockMaskConfig]:
         """The masks of this step: all, or as many as per_step says, a function of (seed, modality, step)."""

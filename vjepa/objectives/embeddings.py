@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.nn.init import WEIGHT_STD
 from vjepa.objectives import vicreg
+from vjepa.objectives.outputs import Outputs
 from vjepa.objectives.projector import Projector
-from vjepa.objectives.terms import Outputs
 
 OF_WHOLE_GRIDS = ("place", "step", "first")
 
@@ -24,15 +25,16 @@ OF_WHOLE_GRIDS = ("place", "step", "first")
 class EmbeddingConfig:
     """The embeddings of a term."""
 
-    of: Literal["whole", "context"] = "context"  # tokens of whole clips (target=online only), or the visible ones
+    of: Literal["whole", "context", "views"] = "context"  # tokens of whole clips (target=online), visible, of all crops
     pool: Literal["clip", "token", "place", "step", "first"] = "clip"  # samples: see vjepa/objectives/vicreg.py
     levels: list[int] | None = None  # supervised levels from 1, each with statistics of its own; null: the last
     projector: int | None = None  # width behind an MLP with batch normalisation; null: none
     hidden_dim: int = 2048  # of that MLP
 
     def __post_init__(self) -> None:
-        if self.of == "context" and self.pool in OF_WHOLE_GRIDS:
-            raise ValueError(f"embedding.pool={self.pool} needs embedding.of=whole: visible tokens fill no grid")
+        if self.of != "whole" and self.pool in OF_WHOLE_GRIDS:
+            what = "visible tokens fill no grid" if self.of == "context" else "crops differ in their grids"
+            raise ValueError(f"embedding.pool={self.pool} needs embedding.of=whole: {what}")
         if self.projector is not None and min(self.projector, self.hidden_dim) < 1:
             raise ValueError(
                 f"embedding.projector={self.projector} and hidden_dim={self.hidden_dim} must be at least 1"
@@ -40,7 +42,7 @@ class EmbeddingConfig:
 
 
 class Embeddings(nn.Module):
-    """A modality's outputs -> embeddings [..., N, D], one tensor for each level and mask."""
+    """A modality's outputs -> embeddings [..., N, D]: for each level a list, one entry for each mask or crop."""
 
     def __init__(self, config: EmbeddingConfig, encoder: EncoderConfig) -> None:
         super().__init__()
@@ -60,18 +62,22 @@ class Embeddings(nn.Module):
             assert isinstance(projector, Projector)
             projector.initialise(scope=f"{scope}.level{self.levels[index] + 1}", seed=seed, weight_std=weight_std)
 
-    def forward(self, outputs: Outputs) -> list[Tensor]:
+    def forward(self, outputs: Outputs) -> list[list[Tensor]]:
         found = []
         for index, level in enumerate(self.levels):
-            for tokens in self._tokens(outputs):
-                samples = self._pool(tokens.unflatten(-1, (outputs.num_levels, -1))[..., level, :], outputs)
-                found.append(self.projectors[index](samples) if self.projectors else samples)
+            samples = [
+                self._pool(tokens.unflatten(-1, (outputs.num_levels, -1))[..., level, :], outputs)
+                for tokens in self._tokens(outputs)
+            ]
+            found.append(_together(self.projectors[index], samples) if self.projectors else samples)
         return found
 
     def _tokens(self, outputs: Outputs) -> Sequence[Tensor]:
         """[B, K, L*D] each."""
         if self.config.of == "context":
             return outputs.context
+        if self.config.of == "views":
+            return outputs.views
         if outputs.whole is None:
             raise ValueError("embedding.of=whole needs objective.target=online: a target's tokens have no gradient")
         return [outputs.whole]
@@ -89,3 +95,9 @@ class Embeddings(nn.Module):
                 return vicreg.per_time_step(tokens, outputs.grid)
             case "first":
                 return vicreg.first_frame(tokens, outputs.grid)
+
+
+def _together(projector: nn.Module, samples: Sequence[Tensor]) -> list[Tensor]:
+    """All samples [..., N, D] through a projector at once: its batch normalisation sees crops or masks as one batch."""
+    sizes = [z.shape[-2] for z in samples]
+    return list(projector(torch.cat(list(samples), dim=-2)).split(sizes, dim=-2))

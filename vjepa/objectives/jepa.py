@@ -2,72 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from vjepa.batch import MODALITIES, MicroBatch, Modality, normalise
-from vjepa.nn.encoder import Encoder, View
+from vjepa.batch import MODALITIES, Batch, MicroBatch, Modality, normalise
+from vjepa.nn.encoder import Encoder
 from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, predictor_flops
 from vjepa.nn.init import WEIGHT_STD, initialise
 from vjepa.nn.predictor import Predictor, Query
+from vjepa.objectives.config import ObjectiveConfig
+from vjepa.objectives.embeddings import Embeddings
+from vjepa.objectives.outputs import Outputs
 from vjepa.objectives.regularisers import Regulariser
-from vjepa.objectives.targets import EmaTarget, normalise_levels
-from vjepa.objectives.terms import Outputs, Term, WholeBatchTerm, build_terms
+from vjepa.objectives.targets import EmaTarget, FrozenTarget, PixelTarget, Target, normalise_levels
+from vjepa.objectives.terms import ContextPrediction, MaskedPrediction, Term, WholeBatchTerm, build_terms
+from vjepa.objectives.wanted import Encoded, Wanted
 from vjepa.schedules import interpolate
-
-log = logging.getLogger(__name__)
-USUAL_MOMENTUM = (0.99, 0.9999)
-
-
-def _default_terms() -> dict[str, Any]:
-    return {"masked_prediction": {}, "context_prediction": {}}
-
-
-@dataclass
-class ObjectiveConfig:
-    """What is learned."""
-
-    target: Literal["ema", "frozen", "online"] = "ema"  # who supplies the targets: see vjepa/objectives/targets.py
-    stop_gradient: bool = False  # online only: no gradient through the targets; ema and frozen have none
-    momentum: float = 0.99925  # of the EMA target at step 0
-    momentum_end: float | None = None  # at the last step, linear in between; null keeps it constant
-    video_weight: float = 0.5  # share of video in the loss, as the reference's half of the ranks
-    image_weight: float = 0.5  # share of images in the loss
-    terms: dict[str, Any] = field(default_factory=_default_terms)  # NAME: options, see vjepa/objectives/terms.py
-
-    def __post_init__(self) -> None:
-        if self.target == "frozen":
-            raise ValueError("objective.target=frozen is not built yet: choose ema or online")
-        if self.stop_gradient and self.target != "online":
-            raise ValueError(f"objective.stop_gradient=true is for target=online; {self.target} has no gradient anyway")
-        for name in ("momentum", "momentum_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"objective.{name}={value} must be between 0 and 1")
-        if self.target == "ema":
-            self._warn_of_momentum()
-        if min(self.video_weight, self.image_weight) < 0 or self.video_weight + self.image_weight == 0:
-            raise ValueError("objective.video_weight and image_weight must not be negative, and not both 0")
-
-    def _warn_of_momentum(self) -> None:
-        low, high = USUAL_MOMENTUM
-        is_ramp = self.momentum_end is not None and self.momentum_end > self.momentum  # I-JEPA's ends at 1
-        unusual = [value for value in (self.momentum, self.momentum_end) if value is not None and value < low]
-        unusual += [self.momentum] if self.momentum > high and not is_ramp else []
-        for value in unusual:
-            log.warning(
-                "objective.momentum=%g is outside %g to %g, where EMA targets are known to learn: explore 0.99 to "
-                "0.9995, above 0.999 for video; larger batches bear lower values",
-                *(value, low, high),
-            )
-
-    def modality_weight(self, modality: Modality) -> float:
-        return self.video_weight if modality == "video" else self.image_weight
 
 
 @dataclass(frozen=True)
@@ -79,93 +33,172 @@ class Result:
     outputs: dict[Modality, Outputs]
 
 
-class JEPA(nn.Module):
-    """Context encoder, predictor and target; `forward` takes one micro-batch of every modality."""
+@runtime_checkable
+class Head(Protocol):
+    """A module of a term."""
 
-    def __init__(self, config: ObjectiveConfig, encoder: Encoder, predictor: Predictor) -> None:
+    def initialise(self, *, scope: str, seed: int, weight_std: float) -> None:
+        """Fill it, whole or in shards."""
+        ...
+
+
+class JEPA(nn.Module):
+    """Context encoder, predictor and target; `forward` takes one micro-batch of every modality.
+
+    Without a predictor nothing is predicted: objective.target=none.
+    """
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        encoder: Encoder,
+        predictor: Predictor | None,
+        *,
+        teacher: FrozenTarget | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.heads = nn.ModuleDict()  # the terms that have modules of their own
+        self.heads = nn.ModuleDict()  # the terms and shared embeddings, which may have parameters
         self.terms: Mapping[str, Term] = self._build_terms(encoder)
         self.encoder = encoder
         self.predictor = predictor
-        self.target = EmaTarget(encoder) if config.target == "ema" else None
+        self.target = self._build_target(encoder, teacher)
+        self.wanted = Wanted(masks=predictor is not None, whole=config.target == "online", crops=self._uses_views())
+        self._check()
 
     def _build_terms(self, encoder: Encoder) -> dict[str, Term]:
         terms = build_terms(self.config.terms)
         for name, term in terms.items():
             if isinstance(term, WholeBatchTerm):
-                terms[name] = self.heads[name] = term.build(encoder.config)
+                terms[name] = self.heads[name] = term.build(encoder.config, name)
+        for name, embedding in self.config.embeddings.items():
+            if name in terms or not name.isidentifier():
+                raise ValueError(f"objective.embeddings.{name}: choose a name that is no term's, of letters and _")
+            self.heads[name] = Embeddings(embedding, encoder.config)
+        for name, term in terms.items():
+            shared = term.config.shared if isinstance(term, Regulariser) else None
+            if shared is not None and shared not in self.config.embeddings:
+                known = ", ".join(self.config.embeddings) or "none"
+                raise ValueError(f"objective.terms.{name}.shared={shared} is not in objective.embeddings ({known})")
         if not next(encoder.parameters()).is_meta:
             self._initialise_heads(seed=0)
         return terms
 
+    def _build_target(self, encoder: Encoder, teacher: FrozenTarget | None) -> Target | None:
+        if self.config.target == "ema":
+            return EmaTarget(encoder)
+        if self.config.target == "pixels":
+            return PixelTarget(encoder.config)
+        return teacher
+
+    def embeddings(self) -> Iterator[Embeddings]:
+        """All of them, shared or a term's own."""
+        return (module for module in self.heads.modules() if isinstance(module, Embeddings))
+
+    def _uses_views(self) -> bool:
+        return any(embeddings.config.of == "views" for embeddings in self.embeddings())
+
+    def _check(self) -> None:
+        """Refuse what does not go together, before any step."""
+        target = self.config.target
+        if (target == "none") is not (self.predictor is None):
+            raise ValueError("a predictor is given where something is predicted: see vjepa.objectives.build_objective")
+        if (target == "frozen") is not isinstance(self.target, FrozenTarget):
+            raise ValueError(f"objective.target={target}: only a frozen target is given a teacher, and always")
+        predicting = [n for n, t in self.terms.items() if isinstance(t, MaskedPrediction | ContextPrediction)]
+        if target == "none" and predicting:
+            raise ValueError(
+                f"objective.target=none has no predictions: set objective.terms.{predicting[0]} to null, or choose "
+                "another target"
+            )
+        if not self.wanted.whole and any(embeddings.config.of == "whole" for embeddings in self.embeddings()):
+            raise ValueError("embedding.of=whole needs objective.target=online: a target's tokens have no gradient")
+
     def _initialise_heads(self, *, seed: int, weight_std: float = WEIGHT_STD) -> None:
         for name, head in self.heads.items():
-            assert isinstance(head, Regulariser)
+            assert isinstance(head, Head)
             head.initialise(scope=f"heads.{name}", seed=seed, weight_std=weight_std)
 
     @property
+    def target_encoder(self) -> Encoder | None:
+        """The encoder that supplies targets, where it is not the one that is trained."""
+        return None if self.target is None or isinstance(self.target, PixelTarget) else self.target.encoder
+
+    @property
     def exported(self) -> Encoder:
-        """The encoder that a run is made for: the target where there is one, otherwise the one that is trained."""
-        return self.target.encoder if self.target is not None else self.encoder
+        """The encoder that a run is made for: the EMA target where there is one, otherwise the one that is trained."""
+        return self.target.encoder if isinstance(self.target, EmaTarget) else self.encoder
 
     def initialise(self, *, seed: int, weight_std: float = WEIGHT_STD) -> None:
-        """Fill every parameter, whole or in shards, from the seed; the target begins as the encoder."""
+        """Fill every trained parameter, whole or in shards, from the seed; an EMA target begins as the encoder."""
         initialise(self.encoder, scope="encoder", seed=seed, weight_std=weight_std)
-        initialise(self.predictor, scope="predictor", seed=seed, weight_std=weight_std)
+        if self.predictor is not None:
+            initialise(self.predictor, scope="predictor", seed=seed, weight_std=weight_std)
         self._initialise_heads(seed=seed, weight_std=weight_std)
-        if self.target is not None:
+        if isinstance(self.target, EmaTarget):
             self.target.start_from(self.encoder)
 
     def forward(self, micro_batch: MicroBatch, step: int) -> Result:
-        """All masks of all modalities in one pass of encoder, predictor and target; online: whole clips with them."""
+        """All masks and views of all modalities in one pass of encoder, predictor and target."""
         batches = [micro_batch[modality] for modality in MODALITIES if modality in micro_batch]
-        clips = [normalise(batch.clips) for batch in batches]
-        targets = self.target(clips) if self.target is not None else []  # first: nothing else is in memory yet
-        views = [
-            View(x, (*(mask.context for mask in b.masks), *self._whole)) for x, b in zip(clips, batches, strict=True)
-        ]
-        encoded = self.encoder.forward_levels(views)
-        contexts = [tokens[: len(b.masks)] for tokens, b in zip(encoded, batches, strict=True)]
-        wholes = [tokens[-1] if self._whole else None for tokens in encoded]
-        targets = targets or [self._own_target(whole) for whole in wholes if whole is not None]
-        queries = [
-            Query(tokens, mask.context, mask.masked, batch.grid, batch.modality)
-            for batch, tokens_per_mask in zip(batches, contexts, strict=True)
-            for tokens, mask in zip(tokens_per_mask, batch.masks, strict=True)
-        ]
-        predictions = iter(self.predictor.forward_queries(queries))
+        clips = [[normalise(view) for view in self.wanted.clips(batch)] for batch in batches]
+        first = [views[0] for views in clips]
+        targets = self.target(first) if self.target is not None else None  # first: nothing else is in memory yet
+        encoded = self._encode(batches, clips)
+        if targets is None:
+            targets = [self._own_target(part.whole) for part in encoded]
+        predictions = self._predict(batches, encoded)
         outputs: dict[Modality, Outputs] = {}
-        for batch, context, whole, target in zip(batches, contexts, wholes, targets, strict=True):
-            predicted, visible = zip(*(next(predictions) for _ in batch.masks), strict=True)
+        for batch, part, target in zip(batches, encoded, targets, strict=True):
+            found = [next(predictions) for _ in batch.masks] if self.predictor is not None else []
             outputs[batch.modality] = Outputs(
                 modality=batch.modality,
                 grid=batch.grid,
                 num_levels=len(self.encoder.levels),
-                masks=batch.masks,
-                context=context,
-                predicted=list(predicted),
-                visible=list(visible),
+                masks=batch.masks if self.wanted.masks else (),
+                context=part.contexts,
+                predicted=[predicted for predicted, _ in found],
+                visible=[visible for _, visible in found],
                 target=target,
-                whole=whole,
+                target_levels=0 if self.target is None else self.target.shape.num_levels,
+                whole=part.whole,
+                views=part.crops,
+                num_global=batch.num_global,
                 step=step,
             )
         return self._sum(outputs, step)
 
-    @property
-    def _whole(self) -> tuple[None, ...]:
-        """The view of all tokens, where the encoder itself supplies the targets."""
-        return () if self.target is not None else (None,)
+    def _encode(self, batches: Sequence[Batch], clips: Sequence[Sequence[Tensor]]) -> list[Encoded]:
+        """All that is wanted of all clips, in one pass."""
+        asked = [self.wanted.views(batch, views) for batch, views in zip(batches, clips, strict=True)]
+        answers = iter(self.encoder.forward_levels([view for views in asked for view in views]))
+        return [
+            self.wanted.sort(batch, [next(answers) for _ in views]) for batch, views in zip(batches, asked, strict=True)
+        ]
 
-    def _own_target(self, whole: Tensor) -> Tensor:
-        """The encoder's own tokens [B, N, L*D] as targets."""
+    def _own_target(self, whole: Tensor | None) -> Tensor | None:
+        """The encoder's own tokens [B, N, L*D] as targets, where they are."""
+        if whole is None:
+            return None
         return normalise_levels(whole.detach() if self.config.stop_gradient else whole, len(self.encoder.levels))
+
+    def _predict(self, batches: Sequence[Batch], encoded: Sequence[Encoded]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Predictions at masked and visible places, for all masks of all batches, in one pass."""
+        if self.predictor is None:
+            return iter(())
+        queries = [
+            Query(tokens, mask.context, mask.masked, batch.grid, batch.modality)
+            for batch, part in zip(batches, encoded, strict=True)
+            for tokens, mask in zip(part.contexts, batch.masks, strict=True)
+        ]
+        return iter(self.predictor.forward_queries(queries))
 
     def _sum(self, outputs: dict[Modality, Outputs], step: int) -> Result:
         total_weight = sum(self.config.modality_weight(modality) for modality in outputs)
         shares = {modality: self.config.modality_weight(modality) / total_weight for modality in outputs}
-        loss = torch.zeros((), device=next(iter(outputs.values())).target.device)
+        for output in outputs.values():
+            output.embedded.update({name: self.heads[name](output) for name in self.config.embeddings})
+        loss = torch.zeros((), device=next(self.encoder.parameters()).device)
         metrics: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             mean = torch.zeros_like(loss)
@@ -175,24 +208,26 @@ class JEPA(nn.Module):
                 metrics[f"loss/{name}/{modality}"] = value.detach()
                 mean = mean + shares[modality] * value.detach()
             metrics[f"loss/{name}"] = mean
-        return Result(loss, {"loss": loss.detach(), **metrics}, outputs)
+        notes = {f"{name}/{m}": value for m, output in outputs.items() for name, value in output.notes.items()}
+        return Result(loss, {"loss": loss.detach(), **metrics, **notes}, outputs)
 
     def flops(self, micro_batch: MicroBatch) -> int:
         """Floating-point operations of one forward and backward pass, the target's forward pass included."""
-        total = 0
+        total, mine = 0, self.encoder.config
         for batch in micro_batch.values():
-            counts = [(mask.context.shape[1], mask.masked.shape[1]) for mask in batch.masks]
-            where = (batch.grid, batch.modality, len(batch))
-            contexts = [*(context for context, _ in counts), *self._whole]
-            if self.target is not None:
-                total += encoder_flops(self.target.encoder.config, *where, [None])
-            total += FORWARD_BACKWARD * encoder_flops(self.encoder.config, *where, contexts)
-            total += FORWARD_BACKWARD * predictor_flops(self.predictor.config, len(batch), counts)
+            clips = len(batch)
+            if self.target_encoder is not None:
+                total += encoder_flops(self.target_encoder.config, batch.grid, batch.modality, clips, [None])
+            for grid, lengths in self.wanted.lengths(batch, mine.patch_size, mine.tubelet_size):
+                total += FORWARD_BACKWARD * encoder_flops(mine, grid, batch.modality, clips, lengths)
+            if self.predictor is not None:
+                counts = [(mask.context.shape[1], mask.masked.shape[1]) for mask in batch.masks]
+                total += FORWARD_BACKWARD * predictor_flops(self.predictor.config, clips, counts)
         return total
 
     def momentum_at(self, step: int, total_steps: int) -> float | None:
         """The target's momentum in the update numbered `step` from 0; None where no target follows the encoder."""
-        if self.target is None:
+        if not isinstance(self.target, EmaTarget):
             return None
         return interpolate(self.config.momentum, self.config.momentum_end, step, total_steps)
 
@@ -203,7 +238,7 @@ class JEPA(nn.Module):
     def update_target(self, step: int, total_steps: int) -> None:
         """After the optimizer's step: move the target towards the encoder."""
         momentum = self.momentum_at(step, total_steps)
-        if self.target is not None and momentum is not None:
+        if isinstance(self.target, EmaTarget) and momentum is not None:
             self.target.update(self.encoder, momentum)
 
 
@@ -218,11 +253,18 @@ def freeze_unused(objective: JEPA, modalities: list[Modality]) -> list[str]:
         if modality not in modalities
         for owner in ("encoder.tokenizer", "predictor.mask_tokens", "predictor.modality_embeds")
     } | {f"encoder.tokenizer.{modality}_embed" for modality in MODALITIES if modality not in modalities}
-    if "context_prediction" not in objective.terms:
+    if not any(isinstance(term, ContextPrediction) for term in objective.terms.values()):
         unused.add("predictor.context_head")
+    if objective.predictor is None:  # a predictor reads all levels
+        unused |= {f"encoder.norms.{level}" for level in _levels_not_embedded(objective)}
     frozen = []
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad and any(name == prefix or name.startswith(prefix + ".") for prefix in unused):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
+
+
+def _levels_not_embedded(objective: JEPA) -> set[int]:
+    embedded = {level for embeddings in objective.embeddings() for level in embeddings.levels}
+    return set(range(len(objective.encoder.levels))) - embedded

@@ -16,23 +16,8 @@ from vjepa.batch import Grid, Mask, Modality
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.nn.gather import take_tokens
 from vjepa.nn.rope import grid_positions
+from vjepa.objectives.outputs import Outputs
 from vjepa.schedules import linear_ramp
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """All that one modality's forward pass gave; lists have one entry per mask."""
-
-    modality: Modality
-    grid: Grid
-    num_levels: int
-    masks: tuple[Mask, ...]
-    context: list[Tensor]  # context encoder's tokens, [B, K, L*D]
-    predicted: list[Tensor]  # predictions at masked places, [B, M, L*D]
-    visible: list[Tensor | None]  # predictions at context places, [B, K, L*D]
-    target: Tensor  # [B, N, L*D] fp32, layer-normed by level; no gradient but from an online target
-    whole: Tensor | None = None  # the encoder's own tokens of the whole clip, [B, N, L*D], where the target is online
-    step: int = 0  # of training, from 0
 
 
 class Term(Protocol):
@@ -65,45 +50,75 @@ def register_term(name: str) -> Callable[[type[ConfigT]], type[ConfigT]]:
 class WholeBatchTerm(Protocol):
     """The configuration of a term on the statistics of a whole step's batch, which has modules of its own."""
 
-    def build(self, encoder: EncoderConfig) -> Any:
-        """The term itself, a Term and a module, for this encoder."""
+    def build(self, encoder: EncoderConfig, name: str) -> Any:
+        """The term itself, a Term and a module, for this encoder; the name it has in the recipe."""
         ...
 
 
-def build_terms(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, Term]:
-    """Terms from a recipe's `objective.terms`; unknown names and fields are errors, null switches a term off."""
-    built: dict[str, Term] = {}
-    for name, options in terms.items():
-        if options is None:
-            continue
-        if name not in TERMS:
-            close = difflib.get_close_matches(name, TERMS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"objective.terms.{name} is unknown.{hint} Terms: {', '.join(sorted(TERMS))}")
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(TERMS[name]), options)
-            built[name] = OmegaConf.to_object(merged)  # pyright: ignore[reportArgumentType]
-        except OmegaConfBaseException as error:
-            raise ValueError(f"objective.terms.{name}: {str(error).splitlines()[0]}") from error
+def build_terms(terms: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Term]:
+    """Terms from a recipe's `objective.terms`; unknown names and fields are errors, null switches a term off.
+
+    NAME is the term's own, or any other where its options say `term: NAME`: two of a kind, at two levels for instance.
+    """
+    built = {name: _build_term(name, dict(options)) for name, options in terms.items() if options is not None}
     if not built:
         raise ValueError("objective.terms is empty: an objective needs at least one term")
     return built
 
 
-def token_distance(predicted: Tensor, target: Tensor, indices: Tensor, num_levels: int, exponent: float) -> Tensor:
-    """mean over channels of |prediction - target|^exponent / exponent, per token: [B, M], fp32.
+def _build_term(name: str, options: dict[Any, Any]) -> Term:
+    kind = options.pop("term", name)
+    if kind not in TERMS:
+        close = difflib.get_close_matches(kind, TERMS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"objective.terms.{name} is unknown.{hint} Terms: {', '.join(sorted(TERMS))}")
+    if not name.isidentifier():
+        raise ValueError(f"objective.terms.{name}: a name is made of letters, digits and _, and starts with no digit")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TERMS[kind]), options)
+        return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"objective.terms.{name}: {str(error).splitlines()[0]}") from error
 
-    predicted [B, M, L*D]; target [B, N, L*D], read at indices [B, M]. Level by level, which bounds the memory.
-    """
-    total: Tensor | None = None
-    for level, part in zip(target.chunk(num_levels, dim=-1), predicted.chunk(num_levels, dim=-1), strict=True):
-        difference = (part.float() - take_tokens(level, indices)).abs()
-        if exponent != 1.0:
-            difference = difference**exponent / exponent
-        mean = difference.mean(dim=-1)
-        total = mean if total is None else total + mean
-    assert total is not None
-    return total / num_levels
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a prediction is from its target, and at which of the target's levels (0-based; None: at all)."""
+
+    exponent: float = 1.0
+    is_smooth: bool = False
+    levels: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, exponent: float, smooth: bool, levels: Sequence[int] | None) -> Distance:
+        """From a recipe's settings, whose levels count from 1."""
+        if smooth and exponent != 1.0:
+            raise ValueError(f"smooth=true is smooth L1: leave exponent={exponent} at 1")
+        if levels is not None and (not levels or min(levels) < 1):
+            raise ValueError(f"levels={levels} must name supervised levels, counted from 1")
+        return cls(exponent, smooth, None if levels is None else tuple(level - 1 for level in levels))
+
+    def __call__(self, predicted: Tensor, target: Tensor, indices: Tensor, num_levels: int) -> Tensor:
+        """Mean over channels, then levels, per token: [B, M], fp32; smooth L1, or |prediction - target|^p / p.
+
+        predicted [B, M, L*D]; target [B, N, L*D], read at indices [B, M]. Level by level, which bounds the memory.
+        """
+        chosen = range(num_levels) if self.levels is None else self.levels
+        if max(chosen) >= num_levels:
+            raise ValueError(f"levels={[level + 1 for level in chosen]}: the target has {num_levels}, counted from 1")
+        parts, levels = predicted.chunk(num_levels, dim=-1), target.chunk(num_levels, dim=-1)
+        total: Tensor | None = None
+        for level in chosen:
+            difference = (parts[level].float() - take_tokens(levels[level], indices)).abs()
+            mean = self._cost(difference).mean(dim=-1)
+            total = mean if total is None else total + mean
+        assert total is not None
+        return total / len(chosen)
+
+    def _cost(self, difference: Tensor) -> Tensor:
+        if self.is_smooth:
+            return torch.where(difference < 1, difference.square() / 2, difference - 0.5)
+        return difference if self.exponent == 1.0 else difference**self.exponent / self.exponent
 
 
 def sqrt_distance_to_masked(mask: Mask, grid: Grid) -> Tensor:
@@ -129,14 +144,23 @@ class MaskedPrediction:
 
     weight: float = 1.0  # factor in the loss
     exponent: float = 1.0  # 1 is L1; |.|^p / p
+    smooth: bool = False  # smooth L1 in place of it (I-JEPA)
+    levels: list[int] | None = None  # of the target, from 1; null: all
+
+    def __post_init__(self) -> None:
+        self._distance()  # refuses what does not fit
+
+    def _distance(self) -> Distance:
+        return Distance.of(self.exponent, self.smooth, self.levels)
 
     def weight_at(self, modality: Modality, step: int) -> float:
         return self.weight
 
     def __call__(self, outputs: Outputs) -> Tensor:
+        target, distance = outputs.wanted, self._distance()
         return mean_over_masks(
             [
-                token_distance(predicted, outputs.target, mask.masked, outputs.num_levels, self.exponent).mean()
+                distance(predicted, target, mask.masked, outputs.target_levels).mean()
                 for predicted, mask in zip(outputs.predicted, outputs.masks, strict=True)
             ]
         )
@@ -157,8 +181,11 @@ class ContextPrediction:
     warmup_end: int = 30_000  # step from which lambda has its full value; 0 and 0: constant from the first step
     distance_weighted: bool = True  # divide each token's loss by sqrt(d_min)
     exponent: float = 1.0  # 1 is L1; |.|^p / p
+    smooth: bool = False  # smooth L1 in place of it
+    levels: list[int] | None = None  # of the target, from 1; null: all
 
     def __post_init__(self) -> None:
+        self._distance()  # refuses what does not fit
         if not 0 <= self.warmup_start <= self.warmup_end:
             raise ValueError(
                 f"context_prediction: warmup_start={self.warmup_start} must be between 0 and "
@@ -169,13 +196,17 @@ class ContextPrediction:
         full = self.lambda_video if modality == "video" else self.lambda_image
         return self.weight * full * linear_ramp(step, self.warmup_start, self.warmup_end)
 
+    def _distance(self) -> Distance:
+        return Distance.of(self.exponent, self.smooth, self.levels)
+
     def __call__(self, outputs: Outputs) -> Tensor:
+        target, distance = outputs.wanted, self._distance()
         losses = []
         for visible, mask in zip(outputs.visible, outputs.masks, strict=True):
             if visible is None:
                 raise ValueError("context_prediction needs the predictor's context head: predictor.context_head=true")
-            distance = token_distance(visible, outputs.target, mask.context, outputs.num_levels, self.exponent)
+            found = distance(visible, target, mask.context, outputs.target_levels)
             if self.distance_weighted:
-                distance = distance / sqrt_distance_to_masked(mask, outputs.grid)
-            losses.append(distance.mean())
+                found = found / sqrt_distance_to_masked(mask, outputs.grid)
+            losses.append(found.mean())
         return mean_over_masks(losses)

@@ -9,6 +9,7 @@ additive: accumulated micro-batches each have their own. One row over all ranks 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -66,6 +67,20 @@ def invariance(a: Tensor, b: Tensor) -> Tensor:
     with without_autocast(a):
         squares = (at_least_fp32(a) - at_least_fp32(b)).square()
         return sum_over_ranks(squares.sum()) / count_over_ranks(squares.numel(), a.device)
+
+
+def view_spread(views: Sequence[Tensor], num_global: int, *, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Mean squared distance of views [..., N, D] of the same samples to the mean of the first `num_global`; a scalar.
+
+    (1 / V) sum_v mean_n |mu_n - z_nv|^2, over D or not (`reduce`): LeJEPA (arXiv 2511.08544), algorithm 2 and its
+    formula. Gradients flow into all views, through mu too. As many samples on every rank.
+    """
+    if not 1 <= num_global <= len(views):
+        raise ValueError(f"num_global={num_global} must be between 1 and the {len(views)} views")
+    with without_autocast(views[0]):
+        stacked = torch.stack([at_least_fp32(z) for z in views])  # [V, ..., N, D]
+        squares = (stacked - stacked[:num_global].mean(dim=0)).square()
+        return squares.mean() if reduce == "mean" else squares.sum(dim=-1).mean()
 
 
 def pooled(tokens: Tensor) -> Tensor:

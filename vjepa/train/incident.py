@@ -88,8 +88,10 @@ def _plain(batch: Batch) -> dict[str, Any]:
         "ordinals": list(batch.ordinals),
         "keys": list(batch.keys),
         "views": list(batch.views),
-        "masks": [(mask.context, mask.masked) for mask in batch.masks],
+        "masks": [(mask.context, mask.masked, mask.context_of) for mask in batch.masks],
         "grid": list(batch.grid),
+        "num_global": batch.num_global,
+        "view_contexts": list(batch.view_contexts),
     }
 
 
@@ -101,6 +103,8 @@ def _batch(modality: Modality, fields: Mapping[str, Any]) -> Batch:
         ordinals=tuple(fields["ordinals"]),
         keys=tuple(fields["keys"]),
         views=tuple(fields["views"]),
-        masks=tuple(Mask(context, masked) for context, masked in fields["masks"]),
+        masks=tuple(Mask(*mask) for mask in fields["masks"]),
         grid=(t, h, w),
+        num_global=fields.get("num_global", 0),  # older files have neither
+        view_contexts=tuple(fields.get("view_contexts", ())),
     )

@@ -25,6 +25,8 @@ def level_diagnostics(outputs: Mapping[Modality, Outputs], levels: Sequence[int]
     """
     measures: dict[str, Tensor] = {}
     for modality, output in outputs.items():
+        if output.target is None:
+            continue
         targets = output.target.chunk(len(levels), dim=-1)
         predictions = output.predicted[0].chunk(len(levels), dim=-1)
         for level, target, predicted in zip(levels, targets, predictions, strict=True):

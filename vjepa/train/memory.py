@@ -19,7 +19,8 @@ from torch import nn
 from vjepa.batch import MODALITIES, Modality
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.nn.predictor import PredictorConfig
-from vjepa.objectives.jepa import JEPA, ObjectiveConfig, freeze_unused
+from vjepa.objectives import JEPA, ObjectiveConfig
+from vjepa.objectives.jepa import freeze_unused
 from vjepa.train.memory_trace import (
     DeviceType,
     Load,
@@ -29,8 +30,7 @@ from vjepa.train.memory_trace import (
     Trace,
     objective_on_meta,
     section,
-    short_encoder,
-    short_predictor,
+    short_stacks,
     trace,
 )
 from vjepa.train.parallel import Activations, ParallelConfig
@@ -70,10 +70,10 @@ def count_elements(objective: JEPA, shards: int = 1) -> Elements:
         chosen = (p for p in module.parameters() if p.requires_grad or not is_trainable)
         return sum(p.numel() // p.shape[0] * math.ceil(p.shape[0] / shards) for p in chosen)
 
-    models = (objective.encoder, objective.predictor, objective.heads)
+    models = [m for m in (objective.encoder, objective.predictor, objective.heads) if m is not None]
     return Elements(
         model=sum(map(total, models)),
-        target=0 if objective.target is None else total(objective.target),
+        target=0 if objective.target_encoder is None else total(objective.target_encoder),
         trainable=sum(total(model, is_trainable=True) for model in models),
     )
 
@@ -87,7 +87,7 @@ class StepMemory:
     def __init__(
         self,
         encoder: EncoderConfig,
-        predictor: PredictorConfig,
+        predictor: PredictorConfig | None,
         objective: ObjectiveConfig,
         unit: Loads,
         *,
@@ -109,10 +109,8 @@ class StepMemory:
             for count in (first, 2 * first)
         )
         assert once.sections == twice.sections, "the events of a step depend on the number of clips"
-        extra = {
-            "encoder": encoder.depth - short_encoder(encoder)[0].depth,
-            "predictor": predictor.depth - short_predictor(predictor)[0].depth,
-        }
+        depths = {"encoder": encoder.depth, "predictor": 0 if predictor is None else predictor.depth}
+        extra = {stack.name: depths[stack.name] - stack.blocks for stack in short_stacks(encoder, predictor)}
         self.sections = once.sections
         self.events = np.array([name not in _middles(encoder, predictor) for name in once.sections])
         parts = [_by_part(found, encoder, predictor, extra) for found in (once, twice)]
@@ -170,13 +168,13 @@ def _times(unit: Loads, count: int) -> dict[Modality, Load]:
     return {m: replace(unit[m], clips=count * unit[m].clips) for m in MODALITIES if m in unit}
 
 
-def _middles(encoder: EncoderConfig, predictor: PredictorConfig) -> set[str]:
-    stacks = (short_encoder(encoder)[1], short_predictor(predictor)[1])
+def _middles(encoder: EncoderConfig, predictor: PredictorConfig | None) -> set[str]:
+    stacks = short_stacks(encoder, predictor)
     return {section(stack, stack.middle, what) for stack in stacks for what in ("forward", "backward")}
 
 
 def _by_part(
-    found: Trace, encoder: EncoderConfig, predictor: PredictorConfig, extra: Mapping[str, int]
+    found: Trace, encoder: EncoderConfig, predictor: PredictorConfig | None, extra: Mapping[str, int]
 ) -> dict[str, Series]:
     """Live bytes at every event by part, the blocks that were left out added."""
     zero = np.zeros(len(found.sections), dtype=np.int64)
@@ -184,7 +182,7 @@ def _by_part(
     parts = {name: zero.copy() for name in names}
     middles = {
         section(stack, stack.middle, what): extra[stack.name]
-        for stack in (short_encoder(encoder)[1], short_predictor(predictor)[1])
+        for stack in short_stacks(encoder, predictor)
         for what in ("forward", "backward", "gradients")
     }
     for name, series in found.live.items():
@@ -214,9 +212,11 @@ class _Gathered:
 
     def __init__(self, objective: JEPA, width: int) -> None:
         self.width = width
-        stacks = {"encoder": objective.encoder, "predictor": objective.predictor}
-        self.block = {name: _elements(stack.blocks[0]) for name, stack in stacks.items()}
-        self.root = {name: _elements(stack) - _elements(stack.blocks) for name, stack in stacks.items()}
+        named = {"encoder": objective.encoder, "predictor": objective.predictor, "target": objective.target_encoder}
+        stacks = {name: stack for name, stack in named.items() if stack is not None}
+        nothing = dict.fromkeys(named, 0)
+        self.block = nothing | {name: _elements(stack.blocks[0]) for name, stack in stacks.items()}
+        self.root = nothing | {name: _elements(stack) - _elements(stack.blocks) for name, stack in stacks.items()}
 
     def by_event(self, sections: tuple[str, ...]) -> Series:
         bytes_of = {name: self._of(name) for name in set(sections)}
@@ -226,7 +226,7 @@ class _Gathered:
         width, block, root = self.width, self.block, self.root
         roots = width * (root["encoder"] + root["predictor"])
         if name == "target":
-            return width * (root["encoder"] + 3 * block["encoder"])
+            return width * (root["target"] + 3 * block["target"])
         if name.startswith("encoder ") and "backward" not in name:
             return width * (root["encoder"] + 3 * block["encoder"])
         if "backward" not in name:

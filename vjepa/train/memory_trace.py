@@ -23,10 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vjepa.batch import MODALITIES, Batch, Grid, Mask, Modality
-from vjepa.nn.encoder import Encoder, EncoderConfig
-from vjepa.nn.predictor import Predictor, PredictorConfig
+from vjepa.nn.encoder import EncoderConfig
+from vjepa.nn.predictor import PredictorConfig
 from vjepa.nn.rope import grid_table, sincos_table
-from vjepa.objectives.jepa import JEPA, ObjectiveConfig, freeze_unused
+from vjepa.objectives import JEPA, ObjectiveConfig
+from vjepa.objectives.build import objective_of
+from vjepa.objectives.jepa import freeze_unused
 from vjepa.train.distributed import World
 from vjepa.train.parallel import Activations, ParallelConfig, parallelise
 
@@ -37,6 +39,15 @@ STATE = "state"
 
 
 @dataclass(frozen=True)
+class ViewSize:
+    """One view of every clip."""
+
+    frames: int
+    size: int  # pixels of a side
+    kept: int | None = None  # tokens that the encoder sees; None: all
+
+
+@dataclass(frozen=True)
 class Load:
     """What a micro-batch holds of one modality."""
 
@@ -44,6 +55,9 @@ class Load:
     frames: int
     size: int  # pixels of a side
     masks: tuple[tuple[int, int], ...]  # context and masked tokens of every clip, for each mask
+    context_of: tuple[int | None, ...] = ()  # for each mask the earlier one whose context it shares; (): none does
+    views: tuple[ViewSize, ...] = ()  # all views, global ones first; (): the clip alone
+    num_global: int = 0  # global views; 0: all
 
     def __post_init__(self) -> None:
         if self.clips < 1:
@@ -53,10 +67,9 @@ class Load:
 Loads = Mapping[Modality, Load]
 
 
-def objective_on_meta(encoder: EncoderConfig, predictor: PredictorConfig, config: ObjectiveConfig) -> JEPA:
+def objective_on_meta(encoder: EncoderConfig, predictor: PredictorConfig | None, config: ObjectiveConfig) -> JEPA:
     """The objective's shapes."""
-    with torch.device("meta"):
-        return JEPA(config, Encoder(encoder), Predictor(predictor))
+    return objective_of(config, encoder, predictor, device="meta")
 
 
 def fake_micro_batch(loads: Loads, encoder: EncoderConfig) -> dict[Modality, Batch]:
@@ -67,13 +80,26 @@ def fake_micro_batch(loads: Loads, encoder: EncoderConfig) -> dict[Modality, Bat
 def _batch(modality: Modality, load: Load, encoder: EncoderConfig) -> Batch:
     side = load.size // encoder.patch_size
     grid: Grid = (max(1, load.frames // encoder.tubelet_size), side, side)
-    pixels = torch.empty(load.clips, encoder.in_chans, load.frames, load.size, load.size, dtype=torch.uint8)
+
+    def pixels(view: ViewSize) -> Tensor:
+        return torch.empty(load.clips, encoder.in_chans, view.frames, view.size, view.size, dtype=torch.uint8)
 
     def indices(count: int) -> Tensor:
         return torch.zeros(load.clips, count, dtype=torch.int64)
 
-    masks = tuple(Mask(indices(context), indices(masked)) for context, masked in load.masks)
-    return Batch(modality, 0, tuple(range(load.clips)), (), (pixels,), masks, grid)
+    views = load.views or (ViewSize(load.frames, load.size),)
+    shared = load.context_of or (None,) * len(load.masks)
+    return Batch(
+        modality=modality,
+        step=0,
+        ordinals=tuple(range(load.clips)),
+        keys=(),
+        views=tuple(map(pixels, views)),
+        masks=tuple(Mask(indices(k), indices(m), of) for (k, m), of in zip(load.masks, shared, strict=True)),
+        grid=grid,
+        num_global=load.num_global,
+        view_contexts=tuple(None if view.kept is None else indices(view.kept) for view in views),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- counting live bytes
@@ -192,9 +218,15 @@ def short_predictor(config: PredictorConfig) -> tuple[PredictorConfig, Stack]:
     return replace(config, depth=3), Stack("predictor", 3)
 
 
+def short_stacks(encoder: EncoderConfig, predictor: PredictorConfig | None) -> list[Stack]:
+    """The stacks of a short model."""
+    stacks = [short_encoder(encoder)[1]]
+    return stacks if predictor is None else [*stacks, short_predictor(predictor)[1]]
+
+
 def trace(
     encoder: EncoderConfig,
-    predictor: PredictorConfig,
+    predictor: PredictorConfig | None,
     objective: ObjectiveConfig,
     loads: Loads,
     *,
@@ -203,7 +235,8 @@ def trace(
     device_type: DeviceType,
 ) -> Trace:
     """Forward and backward pass of the short model of these configurations."""
-    short, short_reader = short_encoder(encoder)[0], short_predictor(predictor)[0]
+    short = short_encoder(encoder)[0]
+    short_reader = None if predictor is None else short_predictor(predictor)[0]
     jepa = objective_on_meta(short, short_reader, objective)
     freeze_unused(jepa, list(loads))
     alone = World(0, 1, torch.device("cpu"))
@@ -245,12 +278,12 @@ def _mark_sections(jepa: JEPA, counter: LiveBytes) -> None:
     counter.section = "encoder embed" if jepa.target is None else "target"
     if jepa.target is not None:
         jepa.target.register_forward_hook(lambda *_: _enter(counter, "encoder embed"))
-    for stack, blocks, after in (
-        (Stack("encoder", len(jepa.encoder.blocks)), jepa.encoder.blocks, "encoder levels"),
-        (Stack("predictor", len(jepa.predictor.blocks)), jepa.predictor.blocks, "heads and losses"),
-    ):
+    stacks = [("encoder", jepa.encoder.blocks, "encoder levels")]
+    if jepa.predictor is not None:
+        stacks.append(("predictor", jepa.predictor.blocks, "heads and losses"))
+    for name, blocks, after in stacks:
         for index, block in enumerate(blocks):
-            _mark_block(block, counter, stack, index)
+            _mark_block(block, counter, Stack(name, len(blocks)), index)
         blocks[-1].register_forward_hook(lambda *_, after=after: _enter(counter, after))
     for name, parameter in jepa.named_parameters():
         if parameter.requires_grad:

@@ -74,7 +74,7 @@ def parallelise(
     holds more than its own part.
     """
     config.check_world(world.size)
-    for stack in (objective.encoder, objective.predictor):
+    for stack in _trained_stacks(objective).values():
         for block in stack.blocks:
             _recompute(block, config.activations)
     if config.compile:
@@ -93,10 +93,16 @@ def parallelise(
     return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
+def _trained_stacks(objective: JEPA) -> dict[str, Encoder | Predictor]:
+    """What holds blocks and is trained."""
+    stacks: dict[str, Encoder | Predictor] = {"encoder": objective.encoder}
+    return stacks if objective.predictor is None else stacks | {"predictor": objective.predictor}
+
+
 def _stacks(objective: JEPA) -> dict[str, Encoder | Predictor]:
     """What holds blocks."""
-    stacks: dict[str, Encoder | Predictor] = {"encoder": objective.encoder, "predictor": objective.predictor}
-    return stacks if objective.target is None else stacks | {"target": objective.target.encoder}
+    target = objective.target_encoder
+    return _trained_stacks(objective) | ({} if target is None else {"target": target})
 
 
 def _mesh(config: ParallelConfig, world: World) -> DeviceMesh:

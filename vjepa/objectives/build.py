@@ -1,0 +1,88 @@
+"""From a recipe's settings to the objective with all its networks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vjepa.config import ModelConfig, PredictorSettings
+from vjepa.hub import encoder_config, from_pretrained, load_strict
+from vjepa.nn.attention import BackendName
+from vjepa.nn.encoder import Encoder, EncoderConfig
+from vjepa.nn.init import WEIGHT_STD
+from vjepa.nn.predictor import PredictorConfig
+from vjepa.objectives.config import ObjectiveConfig
+from vjepa.objectives.jepa import JEPA
+from vjepa.objectives.targets import FrozenTarget, target_shape, teacher_levels
+from vjepa.registry import create_encoder, create_predictor
+
+
+def build_objective(
+    config: ObjectiveConfig, model: ModelConfig, predictor: PredictorSettings, *, seed: int, device: Any = None
+) -> JEPA:
+    """The objective as configured, initialised from the seed ("meta": shapes only).
+
+    On "meta" a frozen teacher has no weights either: `load_teacher` fills it once there is memory.
+    """
+    encoder = model.encoder_config()
+    return objective_of(
+        config,
+        encoder,
+        predictor_for(config, predictor, encoder),
+        attention=model.attention,
+        seed=seed,
+        weight_std=model.init_std,
+        device=device,
+    )
+
+
+def objective_of(
+    config: ObjectiveConfig,
+    encoder: EncoderConfig,
+    predictor: PredictorConfig | None,
+    *,
+    attention: BackendName = "auto",
+    seed: int = 0,
+    weight_std: float = WEIGHT_STD,
+    device: Any = None,
+) -> JEPA:
+    """The same from the networks' own configurations."""
+    how: dict[str, Any] = {"attention": attention, "seed": seed, "weight_std": weight_std, "device": device}
+    student = create_encoder(encoder, **how)
+    reader = None if predictor is None else create_predictor(predictor, **how)
+    return JEPA(config, student, reader, teacher=_teacher(config, attention, device))
+
+
+def predictor_for(
+    config: ObjectiveConfig, settings: PredictorSettings, encoder: EncoderConfig
+) -> PredictorConfig | None:
+    """The predictor's configuration, as wide at its end as the targets are; None where nothing is predicted."""
+    shape = target_shape(config.target, config.teacher, encoder, teacher_config(config))
+    return None if shape is None else replace(settings.predictor_config(encoder), target_dim=shape.width)
+
+
+def teacher_config(config: ObjectiveConfig) -> EncoderConfig | None:
+    """The frozen teacher's configuration, read from where its weights lie."""
+    return None if config.teacher.path is None else encoder_config(config.teacher.path)
+
+
+def load_teacher(objective: JEPA) -> None:
+    """Fill a frozen teacher, whole or in shards, from where the recipe says its weights lie."""
+    path = objective.config.teacher.path
+    if path is not None:
+        assert objective.target_encoder is not None
+        load_strict(objective.target_encoder, from_pretrained(path).state_dict(), source=path)
+
+
+def _teacher(config: ObjectiveConfig, attention: BackendName, device: Any) -> FrozenTarget | None:
+    found = teacher_config(config)
+    if found is None or config.teacher.path is None:
+        return None
+    if device is not None and torch.device(device).type == "meta":
+        with torch.device("meta"):
+            teacher = Encoder(found, attention=attention)
+    else:
+        teacher = from_pretrained(config.teacher.path, attention=attention, device=device)
+    return FrozenTarget(teacher, teacher_levels(config.teacher, found))

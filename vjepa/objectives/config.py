@@ -1,0 +1,85 @@
+"""What is learned, as a recipe says it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vjepa.batch import Modality
+from vjepa.objectives.embeddings import EmbeddingConfig
+
+log = logging.getLogger(__name__)
+USUAL_MOMENTUM = (0.99, 0.9999)
+
+TargetName = Literal["ema", "frozen", "online", "pixels", "none"]
+
+
+def _default_terms() -> dict[str, Any]:
+    return {"masked_prediction": {}, "context_prediction": {}}
+
+
+@dataclass
+class TeacherConfig:
+    """The encoder whose features are predicted where objective.target=frozen."""
+
+    path: str | None = None  # an exported folder (RUN/exports/STAGE) or a released .pt file
+    levels: list[int] | None = None  # its blocks that are predicted, from 1; -1: the last; null: all of its levels
+
+    def __post_init__(self) -> None:
+        if self.levels is not None and any(level < 1 and level != -1 for level in self.levels or [0]):
+            raise ValueError(f"objective.teacher.levels={self.levels}: recipes count blocks from 1; -1 is the last one")
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is learned."""
+
+    target: TargetName = "ema"  # who supplies the targets: see vjepa/objectives/targets.py
+    stop_gradient: bool = False  # online only: no gradient through the targets; the others have none
+    momentum: float = 0.99925  # of the EMA target at step 0
+    momentum_end: float | None = None  # at the last step, linear in between; null keeps it constant
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)  # frozen only
+    video_weight: float = 0.5  # share of video in the loss, as the reference's half of the ranks
+    image_weight: float = 0.5  # share of images in the loss
+    embeddings: dict[str, EmbeddingConfig] = field(default_factory=dict)  # NAME: for terms that say `shared: NAME`
+    terms: dict[str, Any] = field(default_factory=_default_terms)  # NAME: options, see vjepa/objectives/terms.py
+
+    def __post_init__(self) -> None:
+        if self.stop_gradient and self.target != "online":
+            raise ValueError(f"objective.stop_gradient=true is for target=online; {self.target} has no gradient anyway")
+        for name in ("momentum", "momentum_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"objective.{name}={value} must be between 0 and 1")
+        if self.target == "ema":
+            self._warn_of_momentum()
+        self._check_teacher()
+        if min(self.video_weight, self.image_weight) < 0 or self.video_weight + self.image_weight == 0:
+            raise ValueError("objective.video_weight and image_weight must not be negative, and not both 0")
+
+    def _check_teacher(self) -> None:
+        if self.target == "frozen" and self.teacher.path is None:
+            raise ValueError(
+                "objective.target=frozen needs objective.teacher.path: an exported folder (RUN/exports/STAGE) or a "
+                "released .pt file"
+            )
+        if self.target != "frozen" and self.teacher.path is not None:
+            raise ValueError(
+                f"objective.teacher.path={self.teacher.path} is read with objective.target=frozen, not {self.target}"
+            )
+
+    def _warn_of_momentum(self) -> None:
+        low, high = USUAL_MOMENTUM
+        is_ramp = self.momentum_end is not None and self.momentum_end > self.momentum  # I-JEPA's ends at 1
+        unusual = [value for value in (self.momentum, self.momentum_end) if value is not None and value < low]
+        unusual += [self.momentum] if self.momentum > high and not is_ramp else []
+        for value in unusual:
+            log.warning(
+                "objective.momentum=%g is outside %g to %g, where EMA targets are known to learn: explore 0.99 to "
+                "0.9995, above 0.999 for video; larger batches bear lower values",
+                *(value, low, high),
+            )
+
+    def modality_weight(self, modality: Modality) -> float:
+        return self.video_weight if modality == "video" else self.image_weight
