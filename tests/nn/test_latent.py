@@ -44,6 +44,12 @@ def inference(config: LatentConfig, weight_std: float = 0.5) -> LatentInference:
     return build(lambda: LatentInference(config, 12), scope="latent", seed=0, weight_std=weight_std)
 
 
+def infer(network: LatentInference, target: Tensor, noise: Tensor) -> Latent:
+    """Of one mask over all tokens."""
+    [latent] = network(target, [torch.arange(7).expand(len(target), -1)], [noise])
+    return latent
+
+
 @pytest.mark.parametrize("options", KINDS)
 def test_noise_depends_on_seed_step_clip_and_mask_alone(options: dict[str, Any]) -> None:
     config = LatentConfig(**options)
@@ -93,22 +99,36 @@ def test_codes_are_samples_of_the_softmax_with_its_gradient() -> None:
 def test_a_latent_is_of_the_clip_or_of_each_token(options: dict[str, Any]) -> None:
     config = LatentConfig(**options)
     network, drawn = inference(config), noise(config, 0, 1, 2)
-    latent = network(target(), drawn)
+    latent = infer(network, target(), drawn)
     assert latent.value.shape == drawn.shape
     assert latent.nats.shape == (3,)
-    shuffled = network(target().flip(1), drawn.flip(1))
+    shuffled = infer(network, target().flip(1), drawn.flip(1))
     torch.testing.assert_close(shuffled.value, latent.value.flip(1))
     torch.testing.assert_close(shuffled.nats, latent.nats)
     changed = target()
     changed[1, 4] += 3
-    is_other = (network(changed, drawn).nats - latent.nats).abs() > 1e-4
+    is_other = (infer(network, changed, drawn).nats - latent.nats).abs() > 1e-4
     assert is_other.tolist() == [False, True, False], "another clip's target is not seen"
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_only_the_masked_places_are_seen(options: dict[str, Any]) -> None:
+    config = LatentConfig(**options)
+    network, masked = inference(config), [torch.tensor([[1, 2, 4]] * 3), torch.tensor([[0, 6]] * 3)]
+    drawn = [latent_noise(config, (0, 1, 2), x.shape[1], step=0, name="", device=CPU) for x in masked]
+    wanted, changed = network(target(), masked, drawn), target()
+    changed[:, [0, 3, 5, 6]] += 1
+    found = network(changed, masked, drawn)
+    assert torch.equal(found[0].value, wanted[0].value)
+    assert torch.equal(found[0].nats, wanted[0].nats)
+    assert not torch.isclose(found[1].nats, wanted[1].nats).any()
 
 
 def test_without_weights_a_latent_costs_nothing_and_is_the_prior_s() -> None:
     for options in KINDS:
         config = LatentConfig(**options)
-        latent = inference(config, weight_std=1e-9)(target(), drawn := noise(config, 0, 1, 2))
+        drawn = noise(config, 0, 1, 2)
+        latent = infer(inference(config, weight_std=1e-9), target(), drawn)
         torch.testing.assert_close(latent.nats, torch.zeros(3), atol=1e-6, rtol=0)
         if config.kind == "gaussian":
             torch.testing.assert_close(latent.value, drawn)
@@ -120,7 +140,7 @@ def test_gradients_reach_every_weight_and_not_the_target(options: dict[str, Any]
     network, tokens = inference(config), target().requires_grad_()
     for of in (lambda latent: latent.nats.sum(), lambda latent: (latent.value * noise(config, 7, 8, 9)).sum()):
         network.zero_grad()
-        of(network(tokens, noise(config, 0, 1, 2))).backward()
+        of(infer(network, tokens, noise(config, 0, 1, 2))).backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
     assert tokens.grad is None
 
@@ -130,12 +150,12 @@ def test_under_autocast_value_and_price_are_fp32(options: dict[str, Any]) -> Non
     config = LatentConfig(**options)
     network, drawn = inference(config), noise(config, 0, 1, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found: Latent = network(target(), drawn)
+        found = infer(network, target(), drawn)
         told = network.fc2(network.act(network.fc1(target())))
         told = told.mean(1, keepdim=True) if config.per == "clip" else told
     assert found.value.dtype == found.nats.dtype == torch.float32
     assert told.dtype == torch.bfloat16, "the network itself is not"
-    wanted = network(target(), drawn)
+    wanted = infer(network, target(), drawn)
     torch.testing.assert_close(found.nats, wanted.nats, rtol=0.05, atol=0.05)
 
 

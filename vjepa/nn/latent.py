@@ -24,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vjepa.nn.gather import take_tokens
+from vjepa.nn.init import WEIGHT_STD, initialise
+
 
 @dataclass
 class LatentConfig:
@@ -73,12 +76,21 @@ class LatentInference(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(config.hidden_dim, 2 * config.dim if config.kind == "gaussian" else config.width)
 
-    def forward(self, target: Tensor, noise: Tensor) -> Latent:
-        """The target at the masked places [B, M, L*D] and noise [B, 1 or M, width] of `latent_noise` -> a sample of z.
+    def initialise(self, *, scope: str, seed: int, weight_std: float = WEIGHT_STD) -> None:
+        """Fill every weight, whole or in shards: with the usual small ones z begins as noise that costs nothing."""
+        initialise(self, scope=scope, seed=seed, weight_std=weight_std)
 
-        No gradient reaches the target: it is what z has to describe.
+    def forward(self, target: Tensor, masked: Sequence[Tensor], noise: Sequence[Tensor]) -> list[Latent]:
+        """The target [B, N, L*D], and for each mask its masked places [B, M] and noise [B, 1 or M, width] -> samples.
+
+        No gradient reaches the target: it is what z has to describe. Of its tokens only those at the masked places
+        count; that all go through the first layer saves a copy of them for each mask.
         """
-        features = self.act(self.fc1(target.detach()))  # [B, M, hidden]
+        features = self.act(self.fc1(target.detach()))  # [B, N, hidden]
+        return [self._sample(take_tokens(features, places), drawn) for places, drawn in zip(masked, noise, strict=True)]
+
+    def _sample(self, features: Tensor, noise: Tensor) -> Latent:
+        """Features [B, M, hidden] of the masked places -> z."""
         if self.config.per == "clip":
             features = features.mean(dim=1, keepdim=True)
         told = self.fc2(features).float()  # whatever autocast says: the price is a statistic
@@ -118,16 +130,16 @@ def latent_noise(
 
     A function of (config.seed, step, ordinal, name) for each clip; `name` tells modalities and masks apart.
     """
-    shape = (1 if config.per == "clip" else num_masked, config.width)
-    rows = []
-    for ordinal in ordinals:
+    noise = torch.empty(len(ordinals), 1 if config.per == "clip" else num_masked, config.width)
+    for row, ordinal in zip(noise, ordinals, strict=True):
         digest = hashlib.sha256(f"{config.seed}/{step}/{ordinal}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         if config.kind == "gaussian":
-            rows.append(torch.randn(shape, generator=generator))
+            row.normal_(generator=generator)
         else:
-            rows.append(-torch.empty(shape).exponential_(generator=generator).log())
-    noise = torch.stack(rows)
+            row.uniform_(generator=generator)
+    if config.kind == "discrete":
+        noise = -(-noise.clamp_min(torch.finfo(torch.float32).tiny).log()).log()
     if device.type == "cuda":
         noise = noise.pin_memory()  # a pageable copy would wait for the device
     return noise.to(device, non_blocking=True)

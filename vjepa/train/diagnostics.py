@@ -99,6 +99,8 @@ class AlarmConfig:
     """Feature standard deviation below this share of the best value seen since the warm-up."""
     min_cross_sample_gap: float = 0.02
     """Cross-sample gap below this: the target no longer depends on the sample."""
+    min_context_reliance: float = 0.05
+    """Share of the loss that another clip's context alone costs below this: the latent alone tells the target."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or self.consecutive < 1:
@@ -122,7 +124,7 @@ class Limit:
         return not math.isfinite(value) or (value < self.value if self.is_floor else value > self.value)
 
 
-METRIC_KEY = re.compile(r"diag/(?P<name>(?P<modality>\w+)/level(?P<level>\d+)/(?P<metric>\w+))")
+METRIC_KEY = re.compile(r"diag/(?P<name>(?P<modality>\w+)/(?:level(?P<level>\d+)|latent)/(?P<metric>\w+))")
 LOWER_RATE = "lower lr or raise the EMA momentum, and start again from a checkpoint before the fall"
 
 
@@ -140,6 +142,19 @@ def limits(config: AlarmConfig, best: Mapping[str, float]) -> dict[str, Limit]:
     }
 
 
+def latent_limit(metric: str, config: AlarmConfig) -> Limit | None:
+    """The bound on a measure of the predictor's latent (latents.py); None where no rule is known."""
+    if metric != "context_reliance":
+        return None
+    return Limit(
+        config.min_context_reliance,
+        True,
+        "latent bypass, the latent tells the target and the context is not needed; raise "
+        "objective.terms.latent_information.weight, or take fewer objective.latent.dim or codes, or per=clip (where "
+        "cross_sample_gap is small too, nothing depends on the clip: look there first)",
+    )
+
+
 class CollapseAlarms:
     """Follows the diagnostics of a run and says in words when they look like collapse.
 
@@ -152,11 +167,11 @@ class CollapseAlarms:
         self._strikes: dict[str, int] = {}
 
     def observe(self, step: int, row: Mapping[str, Any]) -> list[str]:
-        """The alarms that stand after this step, from the diag/<modality>/level<k>/<metric> of a row of metrics."""
+        """The alarms that stand after this step, from the diag/<modality>/{level<k>,latent}/<metric> of a row."""
         return list(self.observe_named(step, row).values())
 
     def observe_named(self, step: int, row: Mapping[str, Any]) -> dict[str, str]:
-        """`observe`, with each alarm under the name of its measure: <modality>/level<k>/<metric>."""
+        """`observe`, with each alarm under the name of its measure: <modality>/{level<k>,latent}/<metric>."""
         if step < self.config.warmup_steps:
             return {}
         found = [(match, float(row[key])) for key in row if (match := METRIC_KEY.fullmatch(key))]
@@ -172,7 +187,11 @@ class CollapseAlarms:
 
     def _judge(self, match: re.Match[str], value: float) -> str | None:
         name, metric = match["name"], match["metric"]
-        limit = limits(self.config, {metric: self._best.get(name, 0.0)}).get(metric)
+        if match["level"] is None:
+            place, limit = "latent", latent_limit(metric, self.config)
+        else:
+            place = f"level {match['level']}"
+            limit = limits(self.config, {metric: self._best.get(name, 0.0)}).get(metric)
         if limit is None:
             return None
         is_broken = limit.is_broken_by(value)
@@ -183,6 +202,6 @@ class CollapseAlarms:
             return None
         side = "is not finite" if not math.isfinite(value) else f"is {'below' if limit.is_floor else 'above'}"
         return (
-            f"{match['modality']} level {match['level']}: {metric} {value:.4g} {side} {limit.value:.4g} "
+            f"{match['modality']} {place}: {metric} {value:.4g} {side} {limit.value:.4g} "
             f"in {self._strikes[name]} evaluations in a row: {limit.advice}"
         )

@@ -25,6 +25,7 @@ from vjepa.train import checkpoint
 from vjepa.train.config import TrainConfig
 from vjepa.train.distributed import World
 from vjepa.train.health import RollBack
+from vjepa.train.latents import latent_diagnostics
 from vjepa.train.levels import level_diagnostics
 from vjepa.train.optim import build_optimizer, set_schedule
 from vjepa.train.parallel import full, full_state, gradient_sync, parallelise
@@ -131,6 +132,7 @@ class Trainer:
         self._begin("update")
         if record.is_diagnostic:
             record.means = level_diagnostics(result.outputs, self.objective.encoder.levels, self.world)
+            record.means |= latent_diagnostics(self.objective, result.outputs, precision=self.config.precision)
             self._name_stragglers()
         grad_norm = self._gradient_norm()
         record.means["grad_norm"] = full(grad_norm)
