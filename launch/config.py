@@ -15,8 +15,8 @@ from evals.suites import SUITES
 from vjepa.config import ConfigError, ModelConfig, PredictorSettings, config_hash, merge, read_recipe, to_object
 from vjepa.masking.collate import MaskConfig, micro_batches_per_step
 from vjepa.nn.encoder import EncoderConfig
-from vjepa.objectives import ObjectiveConfig
-from vjepa.objectives.terms import WholeBatchTerm, build_terms
+from vjepa.objectives import JEPA, ObjectiveConfig, build_objective
+from vjepa.objectives.regularisers import InvarianceConfig, Regulariser
 from vjepa.train.config import TrainConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -41,6 +41,7 @@ FREE_ON_RESUME = (
     "train.checkpoint",
     "train.collective_timeout_s",
     "train.health",
+    "train.alarms",
     "train.watchdog",
     "train.profile",
     "train.parallel",
@@ -88,9 +89,9 @@ class RunConfig:
 
     def check(self, world: int = 1, *, needs_sources: bool = True) -> int:
         """Refuse combinations that no single field can see; the micro-batches per step and rank."""
-        terms = build_terms(self.objective.terms)
-        encoder = self.model.encoder_config()
-        self._check_clips(encoder)
+        objective = build_objective(self.objective, self.model, self.predictor, seed=0, device="meta")
+        self._check_clips(objective.encoder.config)
+        self._check_views(objective)
         if needs_sources and (missing := self.missing_sources()):
             raise ConfigError("; ".join(missing))
         batch, micro_batch = self.train.batch.as_dict(), self.train.micro_batch.as_dict()
@@ -98,14 +99,18 @@ class RunConfig:
             count = micro_batches_per_step(self.mask, batch=batch, world=world, micro_batch=micro_batch)
         except ValueError as error:
             raise ConfigError(f"train.{error}" if str(error).startswith("batch") else str(error)) from error
-        whole = [name for name, term in terms.items() if isinstance(term, WholeBatchTerm)]
-        if whole and count > 1:
-            raise ConfigError(
-                f"objective.terms.{whole[0]} looks at the statistics of a step's whole batch, which do not add up over "
-                f"{count} micro-batches: use {count} times as many ranks, a smaller train.batch, or mask groups and "
-                "train.micro_batch as large as a rank's share"
-            )
         return count
+
+    def _check_views(self, objective: JEPA) -> None:
+        """A term that compares views of a clip needs two."""
+        named = {name: term.config for name, term in objective.terms.items() if isinstance(term, Regulariser)}
+        comparing = [name for name, config in named.items() if isinstance(config, InvarianceConfig)]
+        for modality, clip in (("video", self.data.video.clip), ("image", self.data.image.clip)):
+            if comparing and modality in self.train.batch.as_dict() and clip.views + clip.local.views < 2:
+                raise ConfigError(
+                    f"objective.terms.{comparing[0]} compares views of a clip, and data.{modality}.clip has one: set "
+                    f"data.{modality}.clip.views or data.{modality}.clip.local.views"
+                )
 
     def _check_clips(self, encoder: EncoderConfig) -> None:
         """Every view of a clip is cut into whole patches and tubelets."""

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +20,10 @@ from pathlib import Path
 from launch.config import load_config
 from launch.evaluate import evaluate
 from launch.prepare import prepare_data
+from launch.processes import Trainings, training
 from launch.report import build_report
 from vjepa.config import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE, STAGE = "demo", "primary"
 
 
@@ -62,39 +60,17 @@ def _move_aside(run: Path) -> None:
 
 def _train(runs: Sequence[Path], jobs: int, overrides: Sequence[str]) -> int:
     """One process for each training, `jobs` at a time; a failure or a signal ends those that run and starts no more."""
-    stopped = threading.Event()
-    running: set[subprocess.Popen[str]] = set()
-
-    def stop(signum: int, _frame: object) -> None:
-        stopped.set()
-        for process in list(running):
-            process.send_signal(signum)
 
     def train(seed: int) -> int:
-        if stopped.is_set():
-            return 128 + signal.SIGINT
-        command = [sys.executable, str(ROOT / "launch" / "submit.py"), "--recipe", RECIPE, "--stage", STAGE]
-        command += [f"run_dir={runs[seed]}", f"train.seed={seed}", "report=false", f"--owner={os.getpid()}", *overrides]
-        prefix = f"seed {seed} | " if len(runs) > 1 else ""
-        # A session of its own: Ctrl-C reaches it once, by `stop`; a second one would kill it before it has saved.
-        pipe = subprocess.PIPE if prefix else None
-        process = subprocess.Popen(command, cwd=Path.cwd(), stdout=pipe, text=True, start_new_session=True)
-        running.add(process)
-        for line in process.stdout or ():
-            print(prefix + line, end="", flush=True)
-        status = process.wait()
-        running.discard(process)
+        settings = [f"run_dir={runs[seed]}", f"train.seed={seed}", "report=false", *overrides]
+        command = training("--recipe", RECIPE, "--stage", STAGE, *settings)
+        status = trainings.run(command, prefix=f"seed {seed} | " if len(runs) > 1 else "")
         if status:
-            stop(signal.SIGTERM, None)
+            trainings.stop(signal.SIGTERM)
         return status
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            return next((status for status in pool.map(train, range(len(runs))) if status), 0)
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    with Trainings() as trainings, ThreadPoolExecutor(jobs) as pool:
+        return next((status for status in pool.map(train, range(len(runs))) if status), 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -76,6 +76,13 @@ def evaluate(runs: Sequence[Path], *, jobs: int = 1) -> list[Row]:
     return rows
 
 
+def score_trained(run: Path) -> list[Row]:
+    """All suites of a finished run's recipe on its exported encoder, without references; the rows are saved with it."""
+    rows = [row for suite in read_config(run).suites() for row in _score(Job(run, suite, TRAINED))]
+    save(run, rows)
+    return rows
+
+
 def read_config(run: Path) -> RunConfig:
     """The configuration of a finished run."""
     stored = RunDir(run).config

@@ -2,6 +2,8 @@
 
 python launch/submit.py --stage primary [--recipe NAME] [--cluster auto|local|slurm] [--option NAME] [--dry-run]
                         [--resume] [key=value ...]
+python launch/submit.py --recipe NAME --sweep KEY[=a,b,c | =LOW..HIGH] [--method bisect|grid|random] [--range LOW HIGH]
+                        [--runs N] [--steps N] [--jobs N] [--score TASK] [--resume] run_dir=DIR [key=value ...]
 python launch/submit.py --recipe NAME --dry-run [--gpus N] [--card H100 | --gpu-memory GB] [--mfu 0.4]
 """
 
@@ -23,6 +25,9 @@ from launch.config import RunConfig
 from launch.plan import plan
 from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB
 from launch.report import build_report
+from launch.sweep import add_sweep_arguments, read_sweep, refuse_without_sweep
+from launch.sweep_runs import dry_run as dry_run_sweep
+from launch.sweep_runs import run_sweep
 from launch.train import add_run_arguments, load
 from vjepa.config import ConfigError, config_hash, to_yaml
 from vjepa.objectives import build_objective
@@ -89,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop"
     )
+    add_sweep_arguments(parser)
     shape = parser.add_argument_group("device shape, for the plan of --dry-run; what cannot fit it is refused")
     shape.add_argument("--gpus", type=int, metavar="N", help="ranks of the run, one for each GPU")
     shape.add_argument("--card", help=f"one of {', '.join(MEMORY_GB)} (default: {DEFAULT_CARD})")
@@ -97,6 +103,14 @@ def parser() -> argparse.ArgumentParser:
         "--mfu", type=float, default=DEFAULT_MFU, help="assumed share of the card's peak (default: %(default)s)"
     )
     return parser
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Several short runs in place of one."""
+    asked = read_sweep(arguments)
+    if arguments.dry_run:
+        return dry_run_sweep(asked)
+    return run_sweep(asked, jobs=arguments.jobs or 1, resume=arguments.resume)
 
 
 def _open(run: RunDir, *, resume: bool) -> None:
@@ -112,6 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = choose_cluster(arguments.cluster)
         asked = arguments.recipe
         arguments.recipe, why = choose_recipe(asked)
+        if arguments.sweep:
+            if arguments.owner is not None:
+                die_with(arguments.owner)
+            return sweep(arguments)
+        refuse_without_sweep(arguments)
         config = load(arguments, is_recipe_asked=asked is not None)
         if config.recipe != arguments.recipe and asked is None:
             why = "the run's own"

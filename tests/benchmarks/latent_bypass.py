@@ -81,7 +81,7 @@ def train(model: JEPA, steps: int, every: int, seed: int) -> Iterator[tuple[int,
         result = model({"video": batch(step, seed)}, step)
         result.loss.backward()
         if (step + 1) % every == 0:
-            found = result.metrics | latent_diagnostics(model, result.outputs, precision="fp32")
+            found = result.metrics | latent_diagnostics(model, result.outputs)
             yield step + 1, {name: value.item() for name, value in found.items()}
         optimizer.step()
         optimizer.zero_grad()

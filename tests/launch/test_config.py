@@ -41,6 +41,14 @@ SOURCES = ["data.video.sources.mine.path=/shards/video", "data.image.sources.min
             ["data.video.clip.size=60", "multiple of model.patch_size=16"],
         ),
         (["--recipe", "debug", "data.video.clip.frames=5"], ["clip.frames=5", "model.tubelet_size=2"]),
+        (
+            ["--recipe", "debug", "data.image.clip.local={views: 2, size: 40}"],
+            ["data.image.clip.local.size=40", "multiple of model.patch_size=16"],
+        ),
+        (
+            ["--recipe", "debug", "data.video.clip.local={views: 2, size: 32, frames: 3}"],
+            ["data.video.clip.local.frames=3", "model.tubelet_size=2"],
+        ),
         (["--recipe", "debug", "objective.terms.sigrge={}"], ["objective.terms.sigrge is unknown"]),
         (["--recipe", "debug", "objective.terms.masked_prediction.wieght=2"], ["masked_prediction", "wieght"]),
         (["--recipe", "debug", "train.batch={video: 0, image: 0}"], ["video=0", "not both 0"]),

@@ -17,6 +17,7 @@ from launch.submit import main as submit
 from launch.train import check_memory
 from vjepa.config import ConfigError
 from vjepa.train.distributed import World
+from vjepa.train.memory_trace import ViewSize, fake_micro_batch
 
 SMALL = ["run_dir=unused", "train.device=auto"]
 
@@ -29,6 +30,22 @@ def gigantic() -> Planner:
 def test_a_clip_of_vit_gigantic_costs_what_the_reference_counted(gigantic: Planner) -> None:
     """Reference 2.4: 17.5 TFLOP a video clip at truncated masks, the teacher counted."""
     assert gigantic.flops_per_clip["video"] == pytest.approx(17.5e12, rel=0.03)
+
+
+def test_a_plan_knows_views_kept_tokens_and_shared_contexts() -> None:
+    targets = "{kind: multiblock, num_blocks: 4, spatial_scale: 0.15, spatial_scale_max: 0.2}"
+    options = ["mask.views.keep=0.5", f"mask.image={{image: null, targets: {targets}}}", "data.video.clip.views=2"]
+    options.append("data.video.clip.local={views: 3, size: 32, frames: 2}")
+    planner = Planner(load_config("debug", "primary", [*SMALL, *options]))
+    image, video = planner.clips["image"][0], planner.clips["video"][0]
+    assert image.context_of == (None, 0, 0, 0)
+    assert len({context for context, _ in image.masks}) == 1
+    assert video.views == (ViewSize(4, 64, 16),) * 2 + (ViewSize(2, 32, 2),) * 3
+    batch = fake_micro_batch({"video": video, "image": image}, planner.encoder)
+    assert (batch["video"].num_global, len(batch["video"].views)) == (2, 5)
+    kept = [context.shape[1] for context in batch["video"].view_contexts if context is not None]
+    assert kept == [16, 16, 2, 2, 2]
+    assert [mask.context_of for mask in batch["image"].masks] == [None, 0, 0, 0]
 
 
 def test_days_follow_from_operations(gigantic: Planner) -> None:

@@ -13,7 +13,8 @@ LONG = BlockMaskConfig(num_blocks=2, spatial_scale=0.7)
 
 
 def draw(config: BlockMaskConfig, ordinal: int, *, step: int = 0, name: str = "short") -> tuple[np.ndarray, np.ndarray]:
-    return draw_mask(config, GRID, block_size(config, GRID, 0, step, name), 0, ordinal, name)
+    context, masked = draw_mask(config, GRID, block_size(config, GRID, 0, step, name), 0, ordinal, name)
+    return context, masked
 
 
 def test_context_and_masked_tokens_are_disjoint_and_cover_the_grid() -> None:

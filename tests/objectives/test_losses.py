@@ -69,6 +69,32 @@ def test_token_distance_is_the_channel_mean_over_all_levels() -> None:
     torch.testing.assert_close(Distance(exponent=2.0)(predicted, target, indices, 3), squared)
 
 
+def test_smooth_l1_is_torch_s() -> None:
+    predicted, target = torch.randn(2, 5, 12) * 2, torch.randn(2, 5, 12)
+    indices = torch.arange(5).expand(2, -1)
+    wanted = torch.nn.functional.smooth_l1_loss(predicted, target)
+    assert Distance(is_smooth=True)(predicted, target, indices, 3).mean().item() == pytest.approx(wanted.item())
+
+
+def test_a_distance_can_look_at_some_levels_alone() -> None:
+    predicted, target = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    indices = torch.arange(5).expand(2, -1)
+    found = Distance.of(1.0, False, [1, 3])(predicted, target, indices, 3)
+    each = [Distance()(p, t, indices, 1) for p, t in zip(predicted.chunk(3, -1), target.chunk(3, -1), strict=True)]
+    torch.testing.assert_close(found, (each[0] + each[2]) / 2)
+    with pytest.raises(ValueError, match="the target has 3, counted from 1"):
+        Distance.of(1.0, False, [4])(predicted, target, indices, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"smooth": True, "exponent": 2.0}, "smooth L1"), ({"levels": [0]}, "counted from 1")]
+)
+def test_distances_that_do_not_exist_are_refused(options: dict[str, Any], said: str) -> None:
+    for term in (MaskedPrediction, ContextPrediction):
+        with pytest.raises(ValueError, match=said):
+            term(**options)
+
+
 def test_targets_are_normalised_per_level_without_affine() -> None:
     tokens = torch.randn(2, 5, 12) * 7 + 3
     levels = normalise_levels(tokens, 3).unflatten(-1, (3, 4))

@@ -25,9 +25,7 @@ SETTINGS = PredictorSettings(embed_dim=48, depth=1, num_heads=3, mask_token_std=
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wider and deeper than the student, with two levels."""
-    encoder = create_encoder(
-        model_config("vit_debug", embed_dim=96, depth=6, num_heads=4, levels=(2, 5)), seed=3
-    )
+    encoder = create_encoder(model_config("vit_debug", embed_dim=96, depth=6, num_heads=4, levels=(2, 5)), seed=3)
     return vjepa.hub.save_pretrained(encoder, tmp_path_factory.mktemp("teacher"))
 
 
@@ -50,7 +48,7 @@ def test_a_student_predicts_the_teachers_levels_whatever_its_own_width(
     result = objective(batch, 0)
     result.loss.backward()
     assert result.outputs["video"].predicted[0].shape[-1] == width
-    assert result.outputs["video"].target_levels == width // 96
+    assert result.outputs["video"].num_target_levels == width // 96
     assert not [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     assert not [name for name, p in objective.named_parameters() if name.startswith("target") and p.requires_grad]
 

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from launch import replay
+from tests.masking.test_collate import FakeSample
+from tests.masking.test_token_drop import collate
 from tests.train.test_trainer import DebugRun, numbers, rows, saved_steps
 from vjepa.batch import MicroBatch
+from vjepa.masking.blocks import BlockMaskConfig
+from vjepa.masking.collate import MaskConfig, ViewsConfig
 from vjepa.objectives.jepa import JEPA, Result
 from vjepa.train import checkpoint
 from vjepa.train.health import Health, HealthConfig, NonFiniteError, SpikeError
-from vjepa.train.incident import read_micro_batches
+from vjepa.train.incident import read_micro_batches, write_micro_batches
 from vjepa.train.trainer import Trainer
 
 SKIP = "train.health.non_finite=skip"
@@ -220,6 +224,29 @@ def test_the_batch_that_was_kept_is_the_one_that_was_seen(
         for found, wanted in zip(mine.masks, batch.masks, strict=True):
             assert torch.equal(found.context, wanted.context)
             assert torch.equal(found.masked, wanted.masked)
+
+
+def test_views_kept_tokens_and_shared_contexts_are_kept_with_the_batch(tmp_path: Path) -> None:
+    config = MaskConfig(video={"targets": BlockMaskConfig(4, 0.15, kind="multiblock")}, views=ViewsConfig(0.5))
+    batch = collate(config, range(4))
+    write_micro_batches(tmp_path / "rank_0.pt", [{"video": batch}])
+    [kept] = read_micro_batches(tmp_path / "rank_0.pt")
+    assert kept["video"].num_global == 2
+    assert [mask.context_of for mask in kept["video"].masks] == [None, 0, 0, 0]
+    for mine, seen in zip(kept["video"].view_contexts, batch.view_contexts, strict=True):
+        assert mine is not None
+        assert seen is not None
+        assert torch.equal(mine, seen)
+
+
+def test_a_batch_kept_before_there_were_views_is_read(tmp_path: Path) -> None:
+    batch = collate(MaskConfig(), range(4), sample=FakeSample)
+    old = {"step": 0, "ordinals": [0, 1, 2, 3], "keys": list(batch.keys), "views": list(batch.views), "grid": [4, 8, 8]}
+    masks = [(mask.context, mask.masked) for mask in batch.masks]
+    torch.save([{"video": old | {"masks": masks}}], tmp_path / "rank_0.pt")
+    [kept] = read_micro_batches(tmp_path / "rank_0.pt")
+    assert (kept["video"].num_global, kept["video"].view_contexts) == (1, (None,))
+    assert [mask.context_of for mask in kept["video"].masks] == [None, None]
 
 
 def test_a_replay_gives_the_loss_of_the_step_and_of_each_clip(fallen: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,30 @@ import pytest
 
 import vjepa
 from launch.config import RECIPES, load_config
+from tests.objectives.every_objective import LOCAL, OBJECTIVES, options, overrides, save_teacher
 from tests.objectives.test_losses import micro_batch
 from tests.train.ranks import on_ranks, train_debug
 from tests.train.test_trainer import DebugRun, numbers, rows
 from vjepa.config import ConfigError, ModelConfig, PredictorSettings, build_models
 from vjepa.objectives import JEPA, ObjectiveConfig
 
-OBJECTIVES = ("vjepa2", "sigreg", "vicreg")
+OPTIONS = [name for name in OBJECTIVES if options(name)]
 
 
-@pytest.mark.parametrize("option", OBJECTIVES)
-def test_an_objective_trains_twenty_steps(option: str, debug_run: DebugRun, tmp_path: Path) -> None:
-    found = rows(debug_run(tmp_path / "run", "train.steps=20", options=[option]))
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_objective_trains_twenty_steps(option: str, teacher: Path, debug_run: DebugRun, tmp_path: Path) -> None:
+    found = rows(debug_run(tmp_path / "run", "train.steps=20", *overrides(option, teacher), options=[option]))
     assert [row["step"] for row in found] == list(range(1, 21))
     assert all(math.isfinite(value) for row in found for value in row.values())
     assert found[-1]["loss"] < found[0]["loss"]
 
 
-@pytest.mark.parametrize("option", OBJECTIVES)
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_says_what_it_is_and_when_to_choose_it(option: str) -> None:
     text = (RECIPES / "options" / f"{option}.yaml").read_text()
     assert "arXiv" in text
@@ -34,12 +41,14 @@ def test_an_option_says_what_it_is_and_when_to_choose_it(option: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.parametrize("option", ["sigreg", "vicreg"])
+@pytest.mark.parametrize(
+    ("option", "mode", "micro_batch"), [("sigreg", "ddp", 6), ("vicreg", "fsdp", 6), ("sigreg", "fsdp", 2)]
+)
 def test_two_ranks_have_the_statistics_of_one_process(
-    option: str, mode: str, alone: dict[str, Path], debug_shards: Path, tmp_path: Path
+    option: str, mode: str, micro_batch: int, alone: dict[str, Path], debug_shards: Path, tmp_path: Path
 ) -> None:
-    arguments = ("train.steps=20", f"train.parallel.mode={mode}", "--option", option)
+    sizes = [f"train.micro_batch.{modality}={micro_batch}" for modality in ("video", "image")]
+    arguments = ("train.steps=20", f"train.parallel.mode={mode}", *sizes, "--option", option)
     on_ranks(2, train_debug, tmp_path / "run", debug_shards, *arguments)
     found, wanted = rows(tmp_path / "run"), rows(alone[option])
     assert found[0]["grad_norm"] == pytest.approx(wanted[0]["grad_norm"], rel=1e-5)
@@ -57,12 +66,26 @@ def alone(debug_run: DebugRun, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {name: debug_run(folder / name, "train.steps=20", options=[name]) for name in ("sigreg", "vicreg")}
 
 
-@pytest.mark.parametrize("option", ["sigreg", "vicreg"])
-def test_statistics_of_parts_of_a_batch_are_refused(option: str) -> None:
-    wanted = ["run_dir=unused", "train.micro_batch.video=3", "train.micro_batch.image=3"]
-    config = load_config("debug", "primary", wanted, options=[option])
-    with pytest.raises(ConfigError, match=rf"objective\.terms\.{option} looks at the statistics.*4 micro-batches"):
-        config.check(needs_sources=False)
+@pytest.mark.parametrize("option", ["sigreg", "vicreg", "lejepa"])
+def test_a_batch_in_parts_has_the_statistics_of_the_whole(
+    option: str, teacher: Path, debug_run: DebugRun, tmp_path: Path
+) -> None:
+    more = ("train.steps=5", *overrides(option, teacher))
+    wanted = rows(debug_run(tmp_path / "whole", *more, options=[option]))
+    parts = ("train.micro_batch.video=3", "train.micro_batch.image=3")
+    found = rows(debug_run(tmp_path / "parts", *more, *parts, options=[option]))
+    assert found[0]["grad_norm"] == pytest.approx(wanted[0]["grad_norm"], rel=1e-5)
+    for mine, theirs in zip(found, wanted, strict=True):
+        for name in [name for name in theirs if name.startswith(("loss", "effective_weight"))]:
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-5), f"{name} at step {mine['step']}"
+
+
+def test_views_that_are_not_there_are_refused_before_a_run() -> None:
+    config = load_config("debug", "primary", ["run_dir=unused", *LOCAL, "data.video.clip.views=1"], options=["lejepa"])
+    alone = replace(config.data.video.clip, views=1, local=replace(config.data.video.clip.local, views=0))
+    data = replace(config.data, video=replace(config.data.video, clip=alone))
+    with pytest.raises(ConfigError, match=r"invariance compares views of a clip, and data\.video\.clip has one"):
+        replace(config, data=data).check(needs_sources=False)
 
 
 def test_a_projector_is_saved_loaded_and_part_of_no_export(debug_run: DebugRun, tmp_path: Path) -> None:

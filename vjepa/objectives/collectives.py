@@ -14,8 +14,8 @@ without gradient, in place, or whose result is dropped has ratio 0.5 or another 
 
 Dangers. All ranks must make the same calls in the same order, in the forward pass (also under `no_grad`: a rank that
 evaluates alone waits for ever) and in the backward pass (a rank that leaves the loss out waits for ever: multiply it by
-zero instead). Keep them out of recomputed blocks, which would repeat them. With several micro-batches a step the
-statistics are those of one micro-batch over all ranks; they do not add up to those of the step.
+zero instead). Keep them out of recomputed blocks, which would repeat them. A step in several
+micro-batches gives them all of its samples each time (embeddings.py): statistics of parts do not add up.
 
 Ranks are counted at each call, never earlier: it does not matter whether a module or the process group is built first.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from vjepa.nn.init import WEIGHT_STD, initialise
 from vjepa.nn.latent import Latent, LatentInference, latent_noise
 from vjepa.nn.predictor import Predictor, Query
 from vjepa.objectives.config import ObjectiveConfig
-from vjepa.objectives.embeddings import Embeddings
+from vjepa.objectives.embeddings import Embeddings, Nested, StepEmbeddings
 from vjepa.objectives.outputs import Outputs
 from vjepa.objectives.regularisers import Regulariser
 from vjepa.objectives.targets import EmaTarget, FrozenTarget, PixelTarget, Target, normalise_levels
@@ -92,7 +92,7 @@ class JEPA(nn.Module):
         for name, embedding in self.config.embeddings.items():
             if name in terms or not name.isidentifier():
                 raise ValueError(f"objective.embeddings.{name}: choose a name that is no term's, of letters and _")
-            self.heads[name] = Embeddings(embedding, encoder.config)
+            self.heads[name] = Embeddings(embedding, encoder.config, name)
         for name, term in terms.items():
             shared = term.config.shared if isinstance(term, Regulariser) else None
             if shared is not None and shared not in self.config.embeddings:
@@ -112,9 +112,9 @@ class JEPA(nn.Module):
             raise ValueError(f"objective.latent: call the term or embedding {LATENT!r} something else")
         self.heads[LATENT] = LatentInference(self.config.latent, predictor.config.target_dim)
 
-    def embeddings(self) -> Iterator[Embeddings]:
+    def embeddings(self) -> list[Embeddings]:
         """All of them, shared or a term's own."""
-        return (module for module in self.heads.modules() if isinstance(module, Embeddings))
+        return [module for module in self.heads.modules() if isinstance(module, Embeddings)]
 
     def _uses_views(self) -> bool:
         return any(embeddings.config.of == "views" for embeddings in self.embeddings())
@@ -174,13 +174,16 @@ class JEPA(nn.Module):
         if isinstance(self.target, EmaTarget):
             self.target.start_from(self.encoder)
 
-    def forward(self, micro_batch: MicroBatch, step: int) -> Result:
-        """All masks and views of all modalities in one pass of encoder, predictor and target."""
-        batches = [micro_batch[modality] for modality in MODALITIES if modality in micro_batch]
+    def forward(self, micro_batch: MicroBatch, step: int, of_step: StepEmbeddings | None = None) -> Result:
+        """All masks and views of all modalities in one pass of encoder, predictor and target.
+
+        `of_step` holds the embeddings of all micro-batches (see `embed`) where terms look at the whole step's.
+        """
+        batches = _in_order(micro_batch)
         clips = [[normalise(view) for view in self.wanted.clips(batch)] for batch in batches]
         first = [views[0] for views in clips]
         targets = self.target(first) if self.target is not None else None  # first: nothing else is in memory yet
-        encoded = self._encode(batches, clips)
+        encoded = self._encode(batches, clips, self.wanted)
         if targets is None:
             targets = [self._own_target(part.whole) for part in encoded]
         latents = [self._infer(batch, target, step) for batch, target in zip(batches, targets, strict=True)]
@@ -188,31 +191,52 @@ class JEPA(nn.Module):
         outputs: dict[Modality, Outputs] = {}
         for batch, part, target, told in zip(batches, encoded, targets, latents, strict=True):
             found = [next(predictions) for _ in batch.masks] if self.predictor is not None else []
-            outputs[batch.modality] = Outputs(
-                modality=batch.modality,
-                grid=batch.grid,
-                num_levels=len(self.encoder.levels),
+            outputs[batch.modality] = replace(
+                self._outputs(batch, part, step),
                 masks=batch.masks if self.wanted.masks else (),
-                context=part.contexts,
                 predicted=[predicted for predicted, _ in found],
                 visible=[visible for _, visible in found],
                 target=target,
-                target_levels=0 if self.target is None else self.target.shape.num_levels,
                 latents=told,
-                whole=part.whole,
-                views=part.crops,
-                num_global=batch.num_global,
-                step=step,
+                target_levels=() if self.target is None else self.target.shape.levels,
+                of_step=of_step,
             )
         return self._sum(outputs, step)
 
-    def _encode(self, batches: Sequence[Batch], clips: Sequence[Sequence[Tensor]]) -> list[Encoded]:
+    @torch.no_grad()
+    def embed(self, micro_batch: MicroBatch, step: int) -> dict[tuple[Modality, str], Nested]:
+        """The first of two passes over a step whose batch comes in parts: what its embedding terms look at."""
+        batches, of = _in_order(micro_batch), {embeddings.config.of for embeddings in self.embeddings()}
+        wanted = Wanted(masks="context" in of, whole="whole" in of, crops="views" in of)
+        clips = [[normalise(view) for view in wanted.clips(batch)] for batch in batches]
+        return {
+            (batch.modality, embeddings.name): embeddings.pooled(self._outputs(batch, part, step))
+            for batch, part in zip(batches, self._encode(batches, clips, wanted), strict=True)
+            for embeddings in self.embeddings()
+        }
+
+    def _outputs(self, batch: Batch, part: Encoded, step: int) -> Outputs:
+        """What the encoder alone gave."""
+        return Outputs(
+            modality=batch.modality,
+            grid=batch.grid,
+            num_levels=len(self.encoder.levels),
+            masks=(),
+            context=part.contexts,
+            predicted=[],
+            visible=[],
+            target=None,
+            whole=part.whole,
+            views=part.crops,
+            num_global=batch.num_global,
+            step=step,
+        )
+
+    def _encode(self, batches: Sequence[Batch], clips: Sequence[Sequence[Tensor]], wanted: Wanted) -> list[Encoded]:
         """All that is wanted of all clips, in one pass."""
-        asked = [self.wanted.views(batch, views) for batch, views in zip(batches, clips, strict=True)]
+        asked = [wanted.views(batch, views) for batch, views in zip(batches, clips, strict=True)]
         answers = iter(self.encoder.forward_levels([view for views in asked for view in views]))
-        return [
-            self.wanted.sort(batch, [next(answers) for _ in views]) for batch, views in zip(batches, asked, strict=True)
-        ]
+        return [wanted.sort(batch, [next(answers) for _ in views]) for batch, views in zip(batches, asked, strict=True)]
 
     def _own_target(self, whole: Tensor | None) -> Tensor | None:
         """The encoder's own tokens [B, N, L*D] as targets, where they are."""
@@ -298,6 +322,10 @@ class JEPA(nn.Module):
         momentum = self.momentum_at(step, total_steps)
         if isinstance(self.target, EmaTarget) and momentum is not None:
             self.target.update(self.encoder, momentum)
+
+
+def _in_order(micro_batch: MicroBatch) -> list[Batch]:
+    return [micro_batch[modality] for modality in MODALITIES if modality in micro_batch]
 
 
 def freeze_unused(objective: JEPA, modalities: list[Modality]) -> list[str]:

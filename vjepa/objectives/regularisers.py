@@ -174,7 +174,7 @@ class Regulariser(nn.Module):
     def __init__(self, config: EmbeddingTerm, encoder: EncoderConfig, name: str) -> None:
         super().__init__()
         self.config, self.name = config, name
-        self.embeddings = Embeddings(config.embedding, encoder) if config.shared is None else None
+        self.embeddings = Embeddings(config.embedding, encoder, name) if config.shared is None else None
 
     def initialise(self, *, scope: str, seed: int, weight_std: float = WEIGHT_STD) -> None:
         if self.embeddings is not None:

@@ -11,7 +11,7 @@ collectives.py), so N is global and the loss is the same on every rank.
 
 What it does not see (reference collapse-prevention, 1.5): where all is collapsed the gradient vanishes with the scale
 of z; a few dead dimensions hardly raise it while N is small; a final LayerNorm makes N(0, I) unreachable, so put a
-`Projector` before it. Each call wants a batch: with several micro-batches a step N is that of one.
+`Projector` before it. Each call wants the whole batch: see embeddings.py for one in parts.
 """
 
 from __future__ import annotations

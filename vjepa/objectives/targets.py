@@ -26,10 +26,14 @@ from vjepa.objectives.config import TargetName, TeacherConfig
 
 @dataclass(frozen=True)
 class TargetShape:
-    """The width of targets [B, N, L*D]."""
+    """What is predicted of each token: levels side by side, targets are [B, N, L*D]."""
 
-    num_levels: int
+    levels: tuple[int, ...]  # 0-based blocks; -1: the pixels before the first
     level_dim: int
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.levels)
 
     @property
     def width(self) -> int:
@@ -42,7 +46,7 @@ class EmaTarget(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder).float().requires_grad_(False)
-        self.shape = TargetShape(len(encoder.levels), encoder.embed_dim)
+        self.shape = TargetShape(encoder.levels, encoder.embed_dim)
 
     @torch.no_grad()
     def forward(self, clips: Sequence[Tensor]) -> list[Tensor]:
@@ -71,7 +75,7 @@ class FrozenTarget(nn.Module):
         super().__init__()
         self.encoder = teacher.float().requires_grad_(False)
         self.chosen = [teacher.levels.index(level) for level in levels]
-        self.shape = TargetShape(len(self.chosen), teacher.embed_dim)
+        self.shape = TargetShape(tuple(levels), teacher.embed_dim)
 
     @torch.no_grad()
     def forward(self, clips: Sequence[Tensor]) -> list[Tensor]:
@@ -90,7 +94,7 @@ class PixelTarget(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.patch_size, self.tubelet_size = config.patch_size, config.tubelet_size
-        self.shape = TargetShape(1, config.in_chans * config.tubelet_size * config.patch_size**2)
+        self.shape = TargetShape((-1,), config.in_chans * config.tubelet_size * config.patch_size**2)
 
     @torch.no_grad()
     def forward(self, clips: Sequence[Tensor]) -> list[Tensor]:
@@ -152,5 +156,5 @@ def target_shape(
     if target == "frozen":
         assert teacher_config is not None
         check_teacher(teacher, teacher_config, student)
-        return TargetShape(len(teacher_levels(teacher, teacher_config)), teacher_config.embed_dim)
-    return TargetShape(len(student.levels), student.embed_dim)
+        return TargetShape(tuple(teacher_levels(teacher, teacher_config)), teacher_config.embed_dim)
+    return TargetShape(student.levels, student.embed_dim)

@@ -160,7 +160,7 @@ class MaskedPrediction:
         target, distance = outputs.wanted, self._distance()
         return mean_over_masks(
             [
-                distance(predicted, target, mask.masked, outputs.target_levels).mean()
+                distance(predicted, target, mask.masked, outputs.num_target_levels).mean()
                 for predicted, mask in zip(outputs.predicted, outputs.masks, strict=True)
             ]
         )
@@ -222,7 +222,7 @@ class ContextPrediction:
         for visible, mask in zip(outputs.visible, outputs.masks, strict=True):
             if visible is None:
                 raise ValueError("context_prediction needs the predictor's context head: predictor.context_head=true")
-            found = distance(visible, target, mask.context, outputs.target_levels)
+            found = distance(visible, target, mask.context, outputs.num_target_levels)
             if self.distance_weighted:
                 found = found / sqrt_distance_to_masked(mask, outputs.grid)
             losses.append(found.mean())

@@ -4,7 +4,7 @@ Without a stop-gradient, variance keeps every dimension alive and covariance kee
 [..., N, D]: each leading index, a time step for instance, has statistics of its own over N, and the loss is their mean.
 Ranks may hold different N but the same leading sizes; a loss is computed alike on all of them, and its gradient after
 DDP's averaging is that of one process. Statistics are in fp32 (fp64 stays fp64) whatever autocast says. They are not
-additive: accumulated micro-batches each have their own. One row over all ranks has variance 0 and no gradient.
+additive: a batch in parts is put together first (embeddings.py). One row over all ranks has variance 0 and no gradient.
 """
 
 from __future__ import annotations

@@ -326,10 +326,23 @@ def _candidates(root: Path) -> list[tuple[int, Path]]:
 
 
 def _set_aside(path: Path, problem: str) -> None:
-    aside = path.with_name(f"{path.name}.damaged")
+    aside = _rename(path, "damaged")
+    log.warning("%s is damaged (%s): moved to %s, the one before it is taken", path, problem, aside.name)
+
+
+def set_collapsed_aside(root: Path, first: int) -> None:
+    """Move the checkpoints of `first` and more steps aside, as step_N.collapsed; for the main rank. They stay there."""
+    for step, path in committed(root):
+        if step >= first:
+            aside = _rename(path, "collapsed")
+            log.warning("%s is from after features had collapsed: moved to %s", path, aside.name)
+
+
+def _rename(path: Path, why: str) -> Path:
+    aside = path.with_name(f"{path.name}.{why}")
     _remove(aside)
     path.rename(aside)
-    log.warning("%s is damaged (%s): moved to %s, the one before it is taken", path, problem, aside.name)
+    return aside
 
 
 def _refuse_all_damaged(root: Path) -> None:

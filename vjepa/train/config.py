@@ -11,6 +11,7 @@ from vjepa.train.diagnostics import AlarmConfig
 from vjepa.train.health import HealthConfig
 from vjepa.train.optim import OptimConfig
 from vjepa.train.parallel import ParallelConfig
+from vjepa.train.probes import ProbeConfig
 from vjepa.train.profiling import ProfileConfig
 from vjepa.train.watchdog import WatchdogConfig
 
@@ -62,6 +63,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -72,3 +74,12 @@ class TrainConfig:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.collective_timeout_s <= 0:
             raise ValueError(f"train.collective_timeout_s={self.collective_timeout_s} must be positive")
+        self._check_probe()
+
+    def _check_probe(self) -> None:
+        clips = self.batch.as_dict().get(self.probe.modality, 0)
+        if self.probe.label is not None and not 0 < clips <= self.probe.queue:
+            raise ValueError(
+                f"train.probe.modality={self.probe.modality}: train.batch.{self.probe.modality}={clips} must be 1 to "
+                f"train.probe.queue={self.probe.queue}"
+            )

@@ -70,11 +70,14 @@ class SpikeError(UnsoundStepError):
 
 
 class RollBack(Exception):
-    """The run is to go back to its newest checkpoint; `error` ends it where that cannot be."""
+    """The run is to go back to its newest checkpoint; `error` ends it where that cannot be.
 
-    def __init__(self, step: int, error: UnsoundStepError) -> None:
+    `step` is the last one whose data are left out. With `before`, only checkpoints of fewer steps are good enough.
+    """
+
+    def __init__(self, step: int, error: RuntimeError, *, before: int | None = None) -> None:
         super().__init__(str(error))
-        self.step, self.error = step, error
+        self.step, self.error, self.before = step, error, before
 
 
 class Health:

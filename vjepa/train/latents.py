@@ -23,8 +23,8 @@ LEAST = 0.01  # share of the loss that both must cost; where they cost less, not
 
 
 @torch.no_grad()
-def latent_diagnostics(objective: JEPA, outputs: Mapping[Modality, Outputs], *, precision: str) -> dict[str, Tensor]:
-    """diag/<modality>/latent/<measure>; {} without a latent. All ranks must call it: shards are gathered.
+def latent_diagnostics(objective: JEPA, outputs: Mapping[Modality, Outputs]) -> dict[str, Tensor]:
+    """diag/<modality>/latent/<measure>; {} without a latent. All ranks call it, under the autocast of the step.
 
     nats                mean price of a clip's latent, over masks
     reliance            share of the loss that another clip's z alone costs: 0 where the latent is ignored
@@ -38,7 +38,7 @@ def latent_diagnostics(objective: JEPA, outputs: Mapping[Modality, Outputs], *, 
     measures = {f"diag/{m}/latent/nats": _mean_nats(output) for m, output in told.items()}
     paired = {modality: output for modality, output in told.items() if len(output.latents[0].nats) > 1}
     swapped = [query for output in paired.values() for query in _swapped(output)]
-    distances = iter(_predict(objective, swapped, precision))
+    distances = iter(_predict(objective, swapped))
     for modality, output in paired.items():
         own = _distance(output, output.predicted[0])
         both = _distance(
@@ -62,13 +62,12 @@ def _swapped(output: Outputs) -> tuple[Query, Query]:
     return replace(own, latent=latent.roll(1, dims=0)), other_context
 
 
-def _predict(objective: JEPA, queries: list[Query], precision: str) -> list[Tensor]:
+def _predict(objective: JEPA, queries: list[Query]) -> list[Tensor]:
     """Predictions at the masked places, in one pass."""
     predictor = objective.predictor
     if predictor is None or not queries:
         return []
-    with torch.autocast(queries[0].tokens.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        predicted = [masked for masked, _ in predictor.forward_queries(queries)]
+    predicted = [masked for masked, _ in predictor.forward_queries(queries)]
     if isinstance(predictor, FSDPModule):
         predictor.reshard()  # no backward pass follows that would: the next step would see weights of before the update
     return predicted
@@ -76,4 +75,4 @@ def _predict(objective: JEPA, queries: list[Query], precision: str) -> list[Tens
 
 def _distance(output: Outputs, predicted: Tensor, target: Tensor | None = None) -> Tensor:
     target = output.wanted if target is None else target
-    return Distance()(predicted, target, output.masks[0].masked, output.target_levels).mean()
+    return Distance()(predicted, target, output.masks[0].masked, output.num_target_levels).mean()

@@ -2,7 +2,8 @@
 
 The numbers of a step are read one step later, so that the device never waits for the host (at once where a step that
 is not sound is to be skipped); they are always read before a checkpoint is written. All decisions (on a step that is
-not sound, on too many bad samples, on a signal) follow from numbers summed over ranks: every rank decides the same.
+not sound, on collapse, on too many bad samples, on a signal) follow from numbers summed over ranks: every rank decides
+the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import math
 import signal
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from vjepa.batch import MicroBatch
 from vjepa.train.accounts import Accounts
 from vjepa.train.config import TrainConfig
-from vjepa.train.diagnostics import CollapseAlarms
+from vjepa.train.diagnostics import CollapseAlarms, CollapseError
 from vjepa.train.distributed import World
 from vjepa.train.health import Health, RollBack, Trouble
 from vjepa.train.incident import incident_folder, note_incident
@@ -106,10 +108,18 @@ class Recorder:
     """Reads records one step late, writes rows, and raises what all ranks must raise."""
 
     def __init__(
-        self, config: TrainConfig, run: RunDir, world: World, *, start_step: int, max_bad_fraction: float, title: str
+        self,
+        config: TrainConfig,
+        run: RunDir,
+        world: World,
+        *,
+        start_step: int,
+        max_bad_fraction: float,
+        title: str,
+        held_by: Sequence[str] = (),
     ) -> None:
         self.config, self.run, self.world, self.max_bad_fraction = config, run, world, max_bad_fraction
-        self.alarms = CollapseAlarms(config.alarms)
+        self.alarms = CollapseAlarms(config.alarms, held_by)
         self.health = Health(config.health)
         self.accounts = Accounts(world.device)
         self.samples_seen, self.bad_seen = 0, 0
@@ -162,7 +172,7 @@ class Recorder:
         """Read the pending record and log it.
 
         Raises, on all ranks alike, NonFiniteError, SpikeError or RollBack for a step that is not sound and not skipped,
-        and BadDataError.
+        CollapseError or RollBack for features that are not, and BadDataError.
         """
         record, self._pending = self._pending, None
         if record is None:
@@ -214,8 +224,27 @@ class Recorder:
         is_due = record.step % self.config.log_every == 0 or record.step == self.config.steps
         if is_due or record.is_diagnostic:
             row = self._write(record, reading.row, reading.clips)
-            for text in self.alarms.observe(record.step, row):
+            alarms = self.alarms.observe_named(record.step, row)
+            for text in alarms.values():
                 self.message(f"ALARM at step {record.step}: {text}")
+            if alarms:
+                self._face_collapse(record.step, alarms)
+
+    def _face_collapse(self, step: int, alarms: Mapping[str, str]) -> None:
+        """Raise what the policy asks for, from numbers that are the same on all ranks."""
+        policy = self.config.alarms.on_collapse
+        if policy == "warn":
+            return
+        first, more = next(iter(alarms.values())), len(alarms) - 1
+        others = f" ({more} more alarms, of {', '.join(list(alarms)[1:])})" if more else ""
+        error = CollapseError(
+            f"step {step}: features look collapsed. {first}{others}. train.alarms.on_collapse={policy}; with warn, "
+            "--resume goes on from the last checkpoint"
+        )
+        if policy == "roll_back":
+            # A checkpoint of n steps holds the weights that the evaluation at step n + 1 measures.
+            raise RollBack(step, error, before=self.alarms.broken_since(alarms) - 1)
+        raise error
 
     def _write(self, record: StepRecord, row: dict[str, float], clips: float) -> dict[str, float]:
         seconds = max(record.row["step_seconds"], 1e-9)

@@ -1,7 +1,8 @@
 """How rich is the representation? Further measures of features, beside the alarms' few in `diagnostics`.
 
 Pure functions in fp64 whatever autocast says, on the device, of detached features; not a number where a feature is
-not finite. Measures of a spectrum take `covariance_spectrum`, so that one decomposition serves all.
+not finite. Measures of a spectrum take `covariance_spectrum`, so that one decomposition serves all; `information` takes
+everything that one matrix of features is asked.
 
 All that is built on centred covariance is scale-free: tiny isotropic noise around a constant reads as healthy. The
 noise floor removes what is below the rounding of the features' own dtype and no more. Read these beside
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from vjepa.train import diagnostics
+
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -28,12 +31,7 @@ def covariance_spectrum(z: Tensor) -> Tensor:
     (eps of their dtype / 2)^2 * mean square. So a constant has spectrum 0, though its mean is rounded.
     """
     samples = _rows(z)
-    centred = samples - samples.mean(dim=0)
-    gram = centred.T @ centred if z.shape[1] <= z.shape[0] else centred @ centred.T
-    eigenvalues = _eigenvalues(gram / z.shape[0]).flip(0)  # [min(N, D)]
-    floor = _noise_floor(samples, z.dtype)
-    eigenvalues = torch.where(eigenvalues > floor, eigenvalues, 0 * eigenvalues)  # 0 * nan stays nan
-    return F.pad(eigenvalues, (0, z.shape[1] - len(eigenvalues)))
+    return _above_noise(_eigenvalues(_gram(samples - samples.mean(dim=0))), samples, z.dtype)
 
 
 def covariance_rank(spectrum: Tensor) -> Tensor:
@@ -86,16 +84,46 @@ def alpha_req(spectrum: Tensor, *, first: int = 5, last: int | None = None) -> T
     return torch.where(counts.sum() < 2, torch.inf, -slope)
 
 
+SPECTRAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "covariance_rank": covariance_rank,
+    "participation_ratio": participation_ratio,
+    "isotropy": isotropy,
+    "alpha_req": lambda spectrum: alpha_req(spectrum, first=min(5, len(spectrum) - 1)),
+}
+INFORMATION = ("scale", "feature_std", "mean_cosine", "rankme", *SPECTRAL, "dead_share")  # names of `information`
+
+
 def spectral_measures(z: Tensor) -> dict[str, Tensor]:
-    """The measures of the covariance spectrum of features z: [N, D], by name, from one decomposition."""
+    """The measures of the covariance spectrum of features z: [N, D], D >= 2, by name, from one decomposition."""
     spectrum = covariance_spectrum(z)
-    measures: dict[str, Callable[[Tensor], Tensor]] = {
-        "covariance_rank": covariance_rank,
-        "participation_ratio": participation_ratio,
-        "isotropy": isotropy,
-        "alpha_req": alpha_req,
+    return {name: measure(spectrum) for name, measure in SPECTRAL.items()}
+
+
+def information(z: Tensor) -> dict[str, Tensor]:
+    """All that is asked of one matrix of features z: [N, D], D >= 2, by the names of `INFORMATION`.
+
+    One call decomposes the uncentred and the centred Gram matrix; the measures of a spectrum share it.
+    """
+    samples = _rows(z)
+    uncentred, centred = _eigenvalues(torch.stack([_gram(samples), _gram(samples - samples.mean(dim=0))]))
+    spectrum = _above_noise(centred, samples, z.dtype)
+    return {
+        "scale": feature_scale(z),
+        "feature_std": diagnostics.feature_std(z),
+        "mean_cosine": diagnostics.mean_cosine(z),
+        "rankme": _exp_entropy(uncentred.sqrt()),
+        **{name: measure(spectrum) for name, measure in SPECTRAL.items()},
+        "dead_share": dead_share(z),
     }
-    return {name: measure(spectrum) for name, measure in measures.items()}
+
+
+def feature_scale(z: Tensor) -> Tensor:
+    """Root mean square of all entries of features z: [N, D]. 1 by definition for layer-normed targets.
+
+    What all scale-free measures are read beside: near 0 they describe noise. It may grow without bound where no norm
+    follows, which is no collapse.
+    """
+    return _rows(z).square().mean().sqrt()
 
 
 def dead_share(z: Tensor, *, below: float = 0.01) -> Tensor:
@@ -206,11 +234,24 @@ def _noise_floor(samples: Tensor, dtype: torch.dtype) -> Tensor:
     return relative**2 * samples.square().mean()
 
 
+def _gram(samples: Tensor) -> Tensor:
+    """What has the eigenvalues of samples^T samples / N, samples: [N, D], and is no larger than needed."""
+    smaller = samples.T @ samples if samples.shape[1] <= samples.shape[0] else samples @ samples.T
+    return smaller / samples.shape[0]
+
+
+def _above_noise(eigenvalues: Tensor, samples: Tensor, dtype: torch.dtype) -> Tensor:
+    """Eigenvalues of the covariance in rising order -> all D of them in falling order, noise as 0."""
+    eigenvalues = eigenvalues.flip(0)  # [min(N, D)]
+    eigenvalues = torch.where(eigenvalues > _noise_floor(samples, dtype), eigenvalues, 0 * eigenvalues)  # keeps nan
+    return F.pad(eigenvalues, (0, samples.shape[1] - len(eigenvalues)))
+
+
 def _eigenvalues(symmetric: Tensor) -> Tensor:
-    """Eigenvalues in rising order, 0 where below the decomposition's rounding; nan where an entry is not finite."""
-    is_finite = symmetric.isfinite().all()
-    eigenvalues = torch.linalg.eigvalsh(torch.where(is_finite, symmetric, 0))  # raises on what is not finite
-    noise = eigenvalues[-1] * torch.finfo(torch.float64).eps * len(eigenvalues)
+    """[..., n, n] -> [..., n] in rising order, 0 where below the decomposition's rounding; nan where not finite."""
+    is_finite = symmetric.isfinite().all(dim=-1).all(dim=-1)[..., None]
+    eigenvalues = torch.linalg.eigvalsh(torch.where(is_finite[..., None], symmetric, 0))  # raises on what is not finite
+    noise = eigenvalues[..., -1:] * torch.finfo(torch.float64).eps * eigenvalues.shape[-1]
     return torch.where(is_finite, torch.where(eigenvalues > noise, eigenvalues, 0), torch.nan)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -19,18 +19,22 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from vjepa.batch import MicroBatch
+from vjepa.batch import MicroBatch, Modality
+from vjepa.objectives.embeddings import StepEmbeddings
 from vjepa.objectives.jepa import JEPA, Result
+from vjepa.objectives.outputs import Outputs
 from vjepa.train import checkpoint
 from vjepa.train.config import TrainConfig
 from vjepa.train.distributed import World
 from vjepa.train.health import RollBack
 from vjepa.train.latents import latent_diagnostics
-from vjepa.train.levels import level_diagnostics
+from vjepa.train.levels import diagnose
 from vjepa.train.optim import build_optimizer, set_schedule
 from vjepa.train.parallel import full, full_state, gradient_sync, parallelise
+from vjepa.train.probes import build_probes
 from vjepa.train.profiling import Profiler
 from vjepa.train.record import Interrupted, Recorder, StepRecord
+from vjepa.train.remedies import prevention
 from vjepa.train.run_dir import RunDir
 from vjepa.train.saver import Saver
 from vjepa.train.signals import StopFlag
@@ -70,7 +74,16 @@ class Trainer:
         self.objective = objective
         self.module: nn.Module = parallelise(objective, config.parallel, world, precision=config.precision, fill=fill)
         self.optimizer = build_optimizer(objective, config.optim)
-        self.recorder = Recorder(config, run, world, start_step=0, max_bad_fraction=max_bad_fraction, title=title)
+        self.recorder = Recorder(
+            config,
+            run,
+            world,
+            start_step=0,
+            max_bad_fraction=max_bad_fraction,
+            title=title,
+            held_by=prevention(objective.config.target, objective.terms),
+        )
+        self.probes = build_probes(config.probe, objective, world)
         self.step = 0  # completed steps
         self.seconds = 0.0  # spent training, over all segments
         self.roll_backs = 0
@@ -86,7 +99,8 @@ class Trainer:
     def fit(self, stop: StopFlag) -> None:
         """Train to the last step; checkpoints on the way, at the end, and when `stop` is set on any rank.
 
-        Raises Interrupted (after saving), UnsoundStepError, BadDataError or CheckpointError, on all ranks alike.
+        Raises Interrupted (after saving), UnsoundStepError, CollapseError, BadDataError or CheckpointError, on all
+        ranks alike.
         """
         stop.is_early = False
         with closing(self.saver), self.watchdog, self.profiler:
@@ -120,20 +134,17 @@ class Trainer:
         started = time.perf_counter()
         record = StepRecord(step=self.step + 1, row=self._set_schedules())
         result: Result | None = None
+        micro_batch: MicroBatch = {}
         for path in self.profiler.step(record.step):
             self.recorder.message(f"profile: {path}")
-        for index in range(self.num_micro_batches):
+        for index, (micro_batch, of_step) in enumerate(self._micro_batches(stream, record)):
             result = None  # let go of the last micro-batch's outputs before the next ones are made
-            micro_batch = self._take(stream, record)
-            result = self._forward_backward(micro_batch, is_last=index == self.num_micro_batches - 1)
+            result = self._forward_backward(micro_batch, of_step, is_last=index == self.num_micro_batches - 1)
             record.add(micro_batch, result.metrics, flops=self.objective.flops(micro_batch))
         assert result is not None
         record.is_diagnostic = self._is_diagnostic_step()
         self._begin("update")
-        if record.is_diagnostic:
-            record.means = level_diagnostics(result.outputs, self.objective.encoder.levels, self.world)
-            record.means |= latent_diagnostics(self.objective, result.outputs, precision=self.config.precision)
-            self._name_stragglers()
+        self._look(record, result.outputs, micro_batch)
         grad_norm = self._gradient_norm()
         record.means["grad_norm"] = full(grad_norm)
         record.reduce(self.world, stop, save_failed=self.saver.has_failed)
@@ -145,6 +156,34 @@ class Trainer:
         self.seconds += seconds
         record.row |= {"step_seconds": seconds, "data_wait": record.waited / seconds}
         return record
+
+    def _micro_batches(
+        self, stream: Iterator[MicroBatch], record: StepRecord
+    ) -> Iterator[tuple[MicroBatch, StepEmbeddings | None]]:
+        """A step's micro-batches, with the embeddings of all of them where terms look at the whole batch."""
+        if self.num_micro_batches == 1 or not self.objective.embeddings():
+            for _ in range(self.num_micro_batches):
+                yield self._take(stream, record), None
+            return
+        micro_batches = [self._take(stream, record) for _ in range(self.num_micro_batches)]
+        parts = []
+        for micro_batch in micro_batches:
+            with self._autocast():
+                parts.append(self.objective.embed(self._on_device(micro_batch), self.step))
+        for index, micro_batch in enumerate(micro_batches):
+            yield micro_batch, StepEmbeddings(parts, index)
+
+    def _look(self, record: StepRecord, outputs: Mapping[Modality, Outputs], micro_batch: MicroBatch) -> None:
+        """Probe the features of the last micro-batch; in diagnostic steps measure them, and name slow ranks."""
+        if self.probes is not None:
+            modality = self.config.probe.modality
+            self.probes.observe(outputs[modality], micro_batch[modality])
+        if record.is_diagnostic:
+            record.means = diagnose(self.objective, outputs, self.world)
+            with self._autocast():
+                record.means |= latent_diagnostics(self.objective, outputs)
+            record.means |= {} if self.probes is None else self.probes.figures()
+            self._name_stragglers()
 
     def _take(self, stream: Iterator[MicroBatch], record: StepRecord) -> MicroBatch:
         """The next micro-batch; how long it let us wait is counted."""
@@ -178,12 +217,17 @@ class Trainer:
     def _is_diagnostic_step(self) -> bool:
         return self.step == 0 or (self.step + 1) % self.config.diagnostics_every == 0
 
-    def _forward_backward(self, micro_batch: MicroBatch, *, is_last: bool) -> Result:
-        on_device = {modality: batch.to(self.world.device) for modality, batch in micro_batch.items()}
-        bf16 = self.config.precision == "bf16"
+    def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
+        return {modality: batch.to(self.world.device) for modality, batch in micro_batch.items()}
+
+    def _autocast(self) -> torch.autocast:
+        is_bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=is_bf16)
+
+    def _forward_backward(self, micro_batch: MicroBatch, of_step: StepEmbeddings | None, *, is_last: bool) -> Result:
         with gradient_sync(self.module, is_last=is_last or self.config.parallel.reduce_each):
-            with self.clock.forward(), torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
-                result: Result = self.module(on_device, self.step)
+            with self.clock.forward(), self._autocast():
+                result: Result = self.module(self._on_device(micro_batch), self.step, of_step)
             self._begin("backward")
             (result.loss / self.num_micro_batches).backward()
         return result
@@ -229,20 +273,28 @@ class Trainer:
         self._saved_step = self.step
 
     def _roll_back(self, fall: RollBack) -> None:
-        """Go on from the newest checkpoint with the data behind the step that fell; all ranks alike."""
+        """Go on from the newest checkpoint that is good enough, with the data behind the step that fell; all alike."""
         self.saver.wait()
         count, fallen = self.roll_backs + 1, fall.step - 1 + self.detour
-        if count > self.config.health.max_roll_backs or not self.world.on_main(self._has_checkpoint):
-            why = f"{self.roll_backs} roll backs were made before" if self.roll_backs else "there is no checkpoint yet"
-            raise type(fall.error)(f"{fall.error}. No roll back: {why}") from fall
+        limit = self.config.health.max_roll_backs
+        if count > limit:
+            raise type(fall.error)(
+                f"{fall.error}. No roll back: {self.roll_backs} roll backs were made before"
+            ) from fall
+        if not self.world.on_main(lambda: self._has_checkpoint(fall.before)):
+            why = "yet" if fall.before is None else f"of fewer than {fall.before} steps"
+            raise type(fall.error)(f"{fall.error}. No roll back: there is no checkpoint {why}") from fall
+        if (first := fall.before) is not None:
+            self.world.on_main(lambda: checkpoint.set_collapsed_aside(self.run.checkpoints, first))
         step = self.resume()
+        if fall.before is not None:
+            self.recorder.alarms.reset_strikes()
         self.roll_backs, self.detour = count, fallen + 1 - step
         if self.world.is_main:
-            limit = self.config.health.max_roll_backs
             log.warning("%s. Rolled back to step %d, %d of at most %d times", fall.error, step, count, limit)
 
-    def _has_checkpoint(self) -> bool:
-        return bool(checkpoint.committed(self.run.checkpoints))
+    def _has_checkpoint(self, before: int | None) -> bool:
+        return any(before is None or step < before for step, _ in checkpoint.committed(self.run.checkpoints))
 
     def resume(self) -> int:
         """Load the newest complete checkpoint and cut the run's logs back to it; the step, 0 where there is none."""
@@ -258,6 +310,8 @@ class Trainer:
                 )
             set_model_state_dict(self.objective, state["model"], options=STATE_OPTIONS)
             set_optimizer_state_dict(self.objective, self.optimizer, state["optimizer"], options=STATE_OPTIONS)
+            if self.probes is not None:
+                self.probes.load_state(state["probes"])
             self.recorder.load_state_dict(meta["recorder"], step)
             self.step = self._saved_step = step
             self.seconds = meta["seconds"]
@@ -269,7 +323,8 @@ class Trainer:
         return self.step
 
     def _state(self) -> dict[str, Any]:
-        return {
+        probes = {} if self.probes is None else {"probes": self.probes.state()}
+        return probes | {
             "model": get_model_state_dict(self.objective, options=STATE_OPTIONS),
             "optimizer": get_optimizer_state_dict(self.objective, self.optimizer, options=STATE_OPTIONS),
         }
