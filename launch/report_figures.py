@@ -56,7 +56,7 @@ def throughput_figure(rows: Rows) -> Figure | None:
 
 def diagnostics_figure(rows: Rows, alarms: AlarmConfig) -> Figure | None:
     """A row per modality, a column per measure of collapse, a line per level; dotted: a bound that raises an alarm."""
-    found = [match for key in _keys(rows) if (match := METRIC_KEY.fullmatch(key))]
+    found = [match for key in _keys(rows) if (match := METRIC_KEY.fullmatch(key)) and match["level"]]
     modalities = [name for name in COLOURS if any(match["modality"] == name for match in found)]
     metrics = [name for name in DIAGNOSTICS if any(match["metric"] == name for match in found)]
     if not modalities or not metrics:

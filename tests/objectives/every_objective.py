@@ -35,6 +35,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "salt_teacher": (),
     "salt": ("objective.teacher.path=TEACHER",),
     "distill": ("objective.teacher.path=TEACHER",),
+    "latent": ("objective.terms.context_prediction=null",),  # which only sets in, so that the loss rises
 }
 Mode = Literal["ddp", "fsdp"]
 

@@ -42,10 +42,11 @@ def measured_peak(
     precision: Precision,
     device_type: DeviceType,
     num_micro_batches: int,
+    config: ObjectiveConfig | None = None,
 ) -> int:
     """Bytes of live storages at the fullest moment of the second step."""
     with fake_ranks(world_size) as world:
-        objective = objective_on_meta(encoder, predictor, ObjectiveConfig())
+        objective = objective_on_meta(encoder, predictor, config or ObjectiveConfig())
         freeze_unused(objective, list(loads))
         module = parallelise(objective, parallel, world, precision=precision)
         with fake_tensors(device_type):

@@ -13,6 +13,7 @@ from tests.train.fake_step import measured_peak
 from tests.train.live_storages import LiveStorages
 from vjepa.batch import Modality
 from vjepa.nn.encoder import EncoderConfig
+from vjepa.nn.latent import LatentConfig
 from vjepa.nn.predictor import PredictorConfig
 from vjepa.nn.rope import grid_table
 from vjepa.objectives import ObjectiveConfig
@@ -101,11 +102,14 @@ def check(
     world: int,
     *,
     within: float,
+    latent: LatentConfig | None = None,
 ) -> None:
     encoder, predictor = configs(name, depth)
+    objective = ObjectiveConfig() if latent is None else with_latent(latent)
+    predictor = replace(predictor, latent_dim=objective.latent.width)
     parallel = replace(parallel, activations=activations)
     memory = StepMemory(
-        *(encoder, predictor, ObjectiveConfig(), UNIT),
+        *(encoder, predictor, objective, UNIT),
         activations=activations,
         precision=precision,
         device_type=device_type,
@@ -118,9 +122,27 @@ def check(
         precision=precision,
         device_type=device_type,
         num_micro_batches=micro_batches,
+        config=objective,
     )
     print(f"{name} depth {encoder.depth}: planned {need.total / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB, {need}")
     assert need.total == pytest.approx(measured, rel=within), need
+
+
+def with_latent(latent: LatentConfig) -> ObjectiveConfig:
+    return ObjectiveConfig(latent=latent, terms={"masked_prediction": {}, "latent_information": {}})
+
+
+@pytest.mark.parametrize(
+    ("latent", "precision", "world"),
+    [(LatentConfig("gaussian", per="token", dim=64), "bf16", 1), (LatentConfig("discrete"), "fp32", 8)],
+)
+def test_a_latent_is_in_the_plan(latent: LatentConfig, precision: Precision, world: int) -> None:
+    parallel = ParallelConfig("fsdp" if world > 1 else "ddp")
+    where = ("vit_large", 6, "recompute", precision, "cuda", 3, 1, parallel, world)
+    check(*where, within=0.02 if world == 1 else 0.1, latent=latent)
+    encoder, predictor = configs("vit_large", 6)
+    objective = objective_on_meta(encoder, replace(predictor, latent_dim=latent.width), with_latent(latent))
+    assert count_elements(objective).trainable == sum(p.numel() for p in objective.parameters() if p.requires_grad)
 
 
 @pytest.mark.slow

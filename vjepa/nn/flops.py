@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from vjepa.batch import Grid, Modality
 from vjepa.nn.encoder import EncoderConfig
+from vjepa.nn.latent import LatentConfig
 from vjepa.nn.predictor import PredictorConfig
 
 FORWARD_BACKWARD = 3  # times the forward pass
@@ -48,4 +49,18 @@ def predictor_flops(config: PredictorConfig, clips: int, queries: Iterable[tuple
     for context, masked in queries:
         read = context * embed + (masked + context * config.context_head) * width * config.target_dim
         total += 2 * read + config.depth * block_flops(width, round(width * config.mlp_ratio), [context + masked])
+    return clips * total
+
+
+def latent_flops(
+    config: LatentConfig, predictor: PredictorConfig, clips: int, tokens: int, masked: Iterable[int]
+) -> int:
+    """Forward pass of the latents of clips of so many tokens, for each number of masked ones, and of their reader."""
+    if config.kind == "none":
+        return 0
+    told = 2 * config.width if config.kind == "gaussian" else config.width
+    total = 2 * tokens * predictor.target_dim * config.hidden_dim
+    for count in masked:
+        latents = 1 if config.per == "clip" else count
+        total += 2 * latents * (config.hidden_dim * told + config.width * predictor.embed_dim)
     return clips * total

@@ -1,6 +1,7 @@
 """The predictor: from the context tokens' levels to the target's features at masked and at visible places (2.1, 1.5).
 
 Positions are carried explicitly, so the order of tokens does not matter: mask tokens simply follow the context tokens.
+Where it has a latent (`nn/latent.py`), one linear layer of it is added to the mask tokens.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class PredictorConfig:
     modality_embed: bool = True
     context_head: bool = True  # the second head, for visible tokens
     mask_token_std: float = 0.0  # the reference starts mask tokens at zero
+    latent_dim: int = 0  # channels of the latent that every query brings; 0: none
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Query:
     masked: Tensor
     grid: Grid
     modality: Modality
+    latent: Tensor | None = None  # [B, 1 or M, latent_dim]
 
 
 class Predictor(nn.Module):
@@ -65,6 +68,7 @@ class Predictor(nn.Module):
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.empty(width)) for m in MODALITIES})
         embeds = {m: nn.Parameter(torch.empty(width)) for m in MODALITIES} if config.modality_embed else {}
         self.modality_embeds = nn.ParameterDict(embeds)
+        self.latent_embed = nn.Linear(config.latent_dim, width) if config.latent_dim else None
         hidden_dim = round(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(
             Block(width, config.num_heads, hidden_dim, qkv_bias=config.qkv_bias, attention=attention)
@@ -75,10 +79,17 @@ class Predictor(nn.Module):
         self.context_head = nn.Linear(width, config.target_dim) if config.context_head else None
 
     def forward(
-        self, context_tokens: Tensor, *, context: Tensor, masked: Tensor, grid: Grid, modality: Modality
+        self,
+        context_tokens: Tensor,
+        *,
+        context: Tensor,
+        masked: Tensor,
+        grid: Grid,
+        modality: Modality,
+        latent: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Context tokens [B, K, L*D] at indices [B, K] -> predictions [B, M, L*D] and, at the context, [B, K, L*D]."""
-        return self.forward_queries([Query(context_tokens, context, masked, grid, modality)])[0]
+        return self.forward_queries([Query(context_tokens, context, masked, grid, modality, latent)])[0]
 
     def forward_queries(self, queries: Sequence[Query]) -> list[tuple[Tensor, Tensor | None]]:
         """All queries in one pass: per query the predictions at masked [B, M, L*D] and context [B, K, L*D] places."""
@@ -101,6 +112,8 @@ class Predictor(nn.Module):
         """Embedded context [B, K, P] -> context and mask tokens [B, K + M, P], with modality and place added."""
         count, masked = query.masked.shape
         mask_tokens = self.mask_tokens[query.modality].to(embedded.dtype).expand(count, masked, -1)
+        if (latent := self._latent(query)) is not None:
+            mask_tokens = mask_tokens + latent.to(embedded.dtype)
         tokens = torch.cat((embedded, mask_tokens), dim=1)
         if self.config.modality_embed:
             tokens = tokens + self.modality_embeds[query.modality].to(tokens.dtype)
@@ -109,6 +122,15 @@ class Predictor(nn.Module):
             places = torch.cat((query.context, query.masked), dim=1)
             tokens = tokens + (self.config.absolute_position * table[places]).to(tokens.dtype)
         return tokens
+
+    def _latent(self, query: Query) -> Tensor | None:
+        """What the query's latent adds to its mask tokens: [B, 1 or M, P]."""
+        found = 0 if query.latent is None else query.latent.shape[-1]
+        if found != self.config.latent_dim:
+            raise ValueError(
+                f"a query's latent has {found} channels, the predictor's latent_dim={self.config.latent_dim}"
+            )
+        return None if self.latent_embed is None or query.latent is None else self.latent_embed(query.latent)
 
     def _table(self, query: Query) -> RopeTable:
         head_dim = self.config.embed_dim // self.config.num_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -52,15 +53,19 @@ def objective_of(
     how: dict[str, Any] = {"attention": attention, "seed": seed, "weight_std": weight_std, "device": device}
     student = create_encoder(encoder, **how)
     reader = None if predictor is None else create_predictor(predictor, **how)
-    return JEPA(config, student, reader, teacher=_teacher(config, attention, device))
+    teacher = _teacher(config, attention, device)
+    with torch.device("meta") if _is_meta(device) else nullcontext():  # for the heads
+        return JEPA(config, student, reader, teacher=teacher)
 
 
 def predictor_for(
     config: ObjectiveConfig, settings: PredictorSettings, encoder: EncoderConfig
 ) -> PredictorConfig | None:
-    """The predictor's configuration, as wide at its end as the targets are; None where nothing is predicted."""
+    """The predictor's configuration, as wide as the targets and the latent are; None where nothing is predicted."""
     shape = target_shape(config.target, config.teacher, encoder, teacher_config(config))
-    return None if shape is None else replace(settings.predictor_config(encoder), target_dim=shape.width)
+    if shape is None:
+        return None
+    return replace(settings.predictor_config(encoder), target_dim=shape.width, latent_dim=config.latent.width)
 
 
 def teacher_config(config: ObjectiveConfig) -> EncoderConfig | None:
@@ -76,11 +81,15 @@ def load_teacher(objective: JEPA) -> None:
         load_strict(objective.target_encoder, from_pretrained(path).state_dict(), source=path)
 
 
+def _is_meta(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "meta"
+
+
 def _teacher(config: ObjectiveConfig, attention: BackendName, device: Any) -> FrozenTarget | None:
     found = teacher_config(config)
     if found is None or config.teacher.path is None:
         return None
-    if device is not None and torch.device(device).type == "meta":
+    if _is_meta(device):
         with torch.device("meta"):
             teacher = Encoder(found, attention=attention)
     else:

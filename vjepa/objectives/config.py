@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vjepa.batch import Modality
+from vjepa.nn.latent import LatentConfig
 from vjepa.objectives.embeddings import EmbeddingConfig
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class ObjectiveConfig:
     momentum: float = 0.99925  # of the EMA target at step 0
     momentum_end: float | None = None  # at the last step, linear in between; null keeps it constant
     teacher: TeacherConfig = field(default_factory=TeacherConfig)  # frozen only
+    latent: LatentConfig = field(default_factory=LatentConfig)  # what the context cannot tell the predictor
     video_weight: float = 0.5  # share of video in the loss, as the reference's half of the ranks
     image_weight: float = 0.5  # share of images in the loss
     embeddings: dict[str, EmbeddingConfig] = field(default_factory=dict)  # NAME: for terms that say `shared: NAME`
@@ -55,6 +57,10 @@ class ObjectiveConfig:
         if self.target == "ema":
             self._warn_of_momentum()
         self._check_teacher()
+        if self.target == "none" and self.latent.kind != "none":
+            raise ValueError(
+                f"objective.latent.kind={self.latent.kind} is for a predictor, and objective.target=none has none"
+            )
         if min(self.video_weight, self.image_weight) < 0 or self.video_weight + self.image_weight == 0:
             raise ValueError("objective.video_weight and image_weight must not be negative, and not both 0")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -11,17 +13,28 @@ from torch import Tensor, nn
 
 from vjepa.batch import MODALITIES, Batch, MicroBatch, Modality, normalise
 from vjepa.nn.encoder import Encoder
-from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, predictor_flops
+from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, latent_flops, predictor_flops
 from vjepa.nn.init import WEIGHT_STD, initialise
+from vjepa.nn.latent import Latent, LatentInference, latent_noise
 from vjepa.nn.predictor import Predictor, Query
 from vjepa.objectives.config import ObjectiveConfig
 from vjepa.objectives.embeddings import Embeddings, Nested, StepEmbeddings
 from vjepa.objectives.outputs import Outputs
 from vjepa.objectives.regularisers import Regulariser
 from vjepa.objectives.targets import EmaTarget, FrozenTarget, PixelTarget, Target, normalise_levels
-from vjepa.objectives.terms import ContextPrediction, MaskedPrediction, Term, WholeBatchTerm, build_terms
+from vjepa.objectives.terms import (
+    ContextPrediction,
+    LatentInformation,
+    MaskedPrediction,
+    Term,
+    WholeBatchTerm,
+    build_terms,
+)
 from vjepa.objectives.wanted import Encoded, Wanted
 from vjepa.schedules import interpolate
+
+log = logging.getLogger(__name__)
+LATENT = "latent"  # the head that infers it
 
 
 @dataclass(frozen=True)
@@ -58,13 +71,18 @@ class JEPA(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.heads = nn.ModuleDict()  # the terms and shared embeddings, which may have parameters
+        self.heads = nn.ModuleDict()  # terms, shared embeddings and the latent's inference, which may have parameters
         self.terms: Mapping[str, Term] = self._build_terms(encoder)
         self.encoder = encoder
         self.predictor = predictor
         self.target = self._build_target(encoder, teacher)
+        if predictor is not None and config.latent.kind != "none":
+            self._build_latent(predictor)
         self.wanted = Wanted(masks=predictor is not None, whole=config.target == "online", crops=self._uses_views())
         self._check()
+        self._check_latent()
+        if not next(encoder.parameters()).is_meta:
+            self._initialise_heads(seed=0)
 
     def _build_terms(self, encoder: Encoder) -> dict[str, Term]:
         terms = build_terms(self.config.terms)
@@ -80,8 +98,6 @@ class JEPA(nn.Module):
             if shared is not None and shared not in self.config.embeddings:
                 known = ", ".join(self.config.embeddings) or "none"
                 raise ValueError(f"objective.terms.{name}.shared={shared} is not in objective.embeddings ({known})")
-        if not next(encoder.parameters()).is_meta:
-            self._initialise_heads(seed=0)
         return terms
 
     def _build_target(self, encoder: Encoder, teacher: FrozenTarget | None) -> Target | None:
@@ -90,6 +106,11 @@ class JEPA(nn.Module):
         if self.config.target == "pixels":
             return PixelTarget(encoder.config)
         return teacher
+
+    def _build_latent(self, predictor: Predictor) -> None:
+        if LATENT in self.heads:
+            raise ValueError(f"objective.latent: call the term or embedding {LATENT!r} something else")
+        self.heads[LATENT] = LatentInference(self.config.latent, predictor.config.target_dim)
 
     def embeddings(self) -> list[Embeddings]:
         """All of them, shared or a term's own."""
@@ -113,6 +134,21 @@ class JEPA(nn.Module):
             )
         if not self.wanted.whole and any(embeddings.config.of == "whole" for embeddings in self.embeddings()):
             raise ValueError("embedding.of=whole needs objective.target=online: a target's tokens have no gradient")
+
+    def _check_latent(self) -> None:
+        asked, found = self.config.latent, 0 if self.predictor is None else self.predictor.config.latent_dim
+        if found != asked.width:
+            raise ValueError(
+                f"objective.latent has {asked.width} channels, the predictor's latent_dim={found}: see build_objective"
+            )
+        limits = [name for name, term in self.terms.items() if isinstance(term, LatentInformation)]
+        if asked.kind == "none" and limits:
+            raise ValueError(f"objective.terms.{limits[0]} needs objective.latent.kind=gaussian or discrete")
+        if asked.kind == "gaussian" and not limits:
+            log.warning(
+                "objective.latent.kind=gaussian without objective.terms.latent_information: nothing limits what the "
+                "latent tells, it may copy the target (watch diag/*/latent/context_reliance)"
+            )
 
     def _initialise_heads(self, *, seed: int, weight_std: float = WEIGHT_STD) -> None:
         for name, head in self.heads.items():
@@ -150,9 +186,10 @@ class JEPA(nn.Module):
         encoded = self._encode(batches, clips, self.wanted)
         if targets is None:
             targets = [self._own_target(part.whole) for part in encoded]
-        predictions = self._predict(batches, encoded)
+        latents = [self._infer(batch, target, step) for batch, target in zip(batches, targets, strict=True)]
+        predictions = self._predict(batches, encoded, latents)
         outputs: dict[Modality, Outputs] = {}
-        for batch, part, target in zip(batches, encoded, targets, strict=True):
+        for batch, part, target, told in zip(batches, encoded, targets, latents, strict=True):
             found = [next(predictions) for _ in batch.masks] if self.predictor is not None else []
             outputs[batch.modality] = replace(
                 self._outputs(batch, part, step),
@@ -160,6 +197,7 @@ class JEPA(nn.Module):
                 predicted=[predicted for predicted, _ in found],
                 visible=[visible for _, visible in found],
                 target=target,
+                latents=told,
                 target_levels=() if self.target is None else self.target.shape.levels,
                 of_step=of_step,
             )
@@ -206,14 +244,31 @@ class JEPA(nn.Module):
             return None
         return normalise_levels(whole.detach() if self.config.stop_gradient else whole, len(self.encoder.levels))
 
-    def _predict(self, batches: Sequence[Batch], encoded: Sequence[Encoded]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _infer(self, batch: Batch, target: Tensor | None, step: int) -> list[Latent]:
+        """The latent of each mask, from the target there; none where the predictor takes none."""
+        if LATENT not in self.heads or target is None:
+            return []
+        noise = [
+            latent_noise(
+                *(self.config.latent, batch.ordinals, mask.masked.shape[1]),
+                step=step,
+                name=f"{batch.modality}/{index}",
+                device=target.device,
+            )
+            for index, mask in enumerate(batch.masks)
+        ]
+        return self.heads[LATENT](target, [mask.masked for mask in batch.masks], noise)
+
+    def _predict(
+        self, batches: Sequence[Batch], encoded: Sequence[Encoded], latents: Sequence[Sequence[Latent]]
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Predictions at masked and visible places, for all masks of all batches, in one pass."""
         if self.predictor is None:
             return iter(())
         queries = [
-            Query(tokens, mask.context, mask.masked, batch.grid, batch.modality)
-            for batch, part in zip(batches, encoded, strict=True)
-            for tokens, mask in zip(part.contexts, batch.masks, strict=True)
+            Query(tokens, mask.context, mask.masked, batch.grid, batch.modality, latent and latent.value)
+            for batch, part, told in zip(batches, encoded, latents, strict=True)
+            for tokens, mask, latent in zip(part.contexts, batch.masks, told or [None] * len(batch.masks), strict=True)
         ]
         return iter(self.predictor.forward_queries(queries))
 
@@ -247,6 +302,9 @@ class JEPA(nn.Module):
             if self.predictor is not None:
                 counts = [(mask.context.shape[1], mask.masked.shape[1]) for mask in batch.masks]
                 total += FORWARD_BACKWARD * predictor_flops(self.predictor.config, clips, counts)
+                tokens, masked = math.prod(batch.grid), [masked for _, masked in counts]
+                where = (self.config.latent, self.predictor.config, clips, tokens, masked)
+                total += FORWARD_BACKWARD * latent_flops(*where)
         return total
 
     def momentum_at(self, step: int, total_steps: int) -> float | None:

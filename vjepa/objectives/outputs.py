@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from vjepa.batch import Grid, Mask, Modality
+from vjepa.nn.latent import Latent
 
 if TYPE_CHECKING:
     from vjepa.objectives.embeddings import StepEmbeddings
@@ -26,6 +27,7 @@ class Outputs:
     visible: list[Tensor | None]  # predictions at context places, [B, K, L'*D']
     target: Tensor | None  # [B, N, L'*D'] fp32, layer-normed by level; no gradient but from an online target
     target_levels: tuple[int, ...] = ()  # 0-based blocks of a teacher that are its L' levels; (): the encoder's own
+    latents: list[Latent] = field(default_factory=list)  # what the predictor was told of the target; none without one
     whole: Tensor | None = None  # the encoder's own tokens of the whole clip, [B, N, L*D], where they were asked for
     views: list[Tensor] = field(default_factory=list)  # of each crop of the clips, [B, K, L*D], where asked for
     num_global: int = 0  # how many of the views are global ones, the first

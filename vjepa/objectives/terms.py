@@ -166,6 +166,23 @@ class MaskedPrediction:
         )
 
 
+@register_term("latent_information")
+@dataclass
+class LatentInformation:
+    """The price of the latent: the mean over clips of KL(q(z | target) || p(z)), in nats (vjepa/nn/latent.py).
+
+    Without it a latent that is wide enough copies the target, and the predictor needs no context.
+    """
+
+    weight: float = 0.01  # factor in the loss: what a nat must save in the other terms
+
+    def weight_at(self, modality: Modality, step: int) -> float:
+        return self.weight
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        return mean_over_masks([latent.nats.mean() for latent in outputs.latents])
+
+
 @register_term("context_prediction")
 @dataclass
 class ContextPrediction:

@@ -114,6 +114,8 @@ class AlarmConfig:
     """LiDAR below this share of the best value seen since the warm-up."""
     min_cross_sample_gap: float = 0.02
     """Cross-sample gap below this: the target no longer depends on the sample."""
+    min_context_reliance: float = 0.05
+    """Share of the loss that another clip's context alone costs below this: the latent alone tells the target."""
     max_nmse: float = 1.0
     """Error of the prediction over the variance of the target above this: the targets' mean would be nearer."""
 
@@ -177,8 +179,9 @@ RULES = {
         "unpredictable", False, lambda c, _: c.max_nmse, "the prediction is worse than the targets' mean would be"
     ),
 }
+LATENT_IS_USED = 0.5  # reliance on it from which little reliance on the context is a bypass
 PLACE_IS_TOLD = 0.9  # R^2 of a token's place from which a small gap is called positional
-METRIC_KEY = re.compile(r"diag/(?P<name>(?P<modality>\w+)/level(?P<level>\d+)/(?P<metric>\w+))")
+METRIC_KEY = re.compile(r"diag/(?P<name>(?P<modality>\w+)/(?:level(?P<level>\d+)|latent)/(?P<metric>\w+))")
 CONTEXT = "context_"  # before measures of the trained encoder's own features
 
 
@@ -198,6 +201,18 @@ def limits(config: AlarmConfig, best: Mapping[str, float]) -> dict[str, Limit]:
     return {name: bound for name, bound in found.items() if bound is not None}
 
 
+def latent_limit(metric: str, config: AlarmConfig, key: str, row: Mapping[str, Any]) -> Limit | None:
+    """The bound on a measure of the predictor's latent (latents.py); None where no rule is known or z is not used."""
+    if metric != "context_reliance" or float(row[key.replace(metric, "reliance")]) < LATENT_IS_USED:
+        return None
+    return Limit(
+        config.min_context_reliance,
+        True,
+        "latent bypass, the latent tells the target and the context is not needed; raise "
+        "objective.terms.latent_information.weight, or take fewer objective.latent.dim or codes, or per=clip",
+    )
+
+
 class CollapseAlarms:
     """Follows the diagnostics of a run and says in words when they look like collapse.
 
@@ -213,11 +228,11 @@ class CollapseAlarms:
         self._since: dict[str, int] = {}  # the step of the first strike
 
     def observe(self, step: int, row: Mapping[str, Any]) -> list[str]:
-        """The alarms that stand after this step, from the diag/<modality>/level<k>/<metric> of a row of metrics."""
+        """The alarms that stand after this step, from the diag/<modality>/{level<k>,latent}/<metric> of a row."""
         return list(self.observe_named(step, row).values())
 
     def observe_named(self, step: int, row: Mapping[str, Any]) -> dict[str, str]:
-        """`observe`, with each alarm under the name of its measure: <modality>/level<k>/<metric>."""
+        """`observe`, with each alarm under the name of its measure: <modality>/{level<k>,latent}/<metric>."""
         if step < self.config.warmup_steps:
             return {}
         found = [match for key in row if (match := METRIC_KEY.fullmatch(key))]
@@ -246,7 +261,11 @@ class CollapseAlarms:
 
     def _judge(self, match: re.Match[str], step: int, row: Mapping[str, Any]) -> str | None:
         name, metric, value = match["name"], match["metric"], float(row[match[0]])
-        bound = limit(metric, self.config, self._best.get(name, 0.0), self.held_by)
+        if match["level"] is None:
+            part, bound = "latent", latent_limit(metric, self.config, match[0], row)
+        else:
+            part = f"level {match['level']}"
+            bound = limit(metric, self.config, self._best.get(name, 0.0), self.held_by)
         if bound is None:
             return None
         if not bound.is_broken_by(value):
@@ -261,7 +280,7 @@ class CollapseAlarms:
         side = "is not finite" if not math.isfinite(value) else f"is {'below' if bound.is_floor else 'above'}"
         place = _place_is_told(metric, match[0], row)
         return (
-            f"{match['modality']} level {match['level']}: {metric} {value:.4g} {side} {bound.value:.4g} "
+            f"{match['modality']} {part}: {metric} {value:.4g} {side} {bound.value:.4g} "
             f"in {self._strikes[name]} evaluations in a row: {place}{bound.advice}"
         )
 

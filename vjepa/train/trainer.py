@@ -27,6 +27,7 @@ from vjepa.train import checkpoint
 from vjepa.train.config import TrainConfig
 from vjepa.train.distributed import World
 from vjepa.train.health import RollBack
+from vjepa.train.latents import latent_diagnostics
 from vjepa.train.levels import diagnose
 from vjepa.train.optim import build_optimizer, set_schedule
 from vjepa.train.parallel import full, full_state, gradient_sync, parallelise
@@ -179,6 +180,8 @@ class Trainer:
             self.probes.observe(outputs[modality], micro_batch[modality])
         if record.is_diagnostic:
             record.means = diagnose(self.objective, outputs, self.world)
+            with self._autocast():
+                record.means |= latent_diagnostics(self.objective, outputs)
             record.means |= {} if self.probes is None else self.probes.figures()
             self._name_stragglers()
 
