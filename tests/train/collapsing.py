@@ -1,8 +1,9 @@
 """A level that is made to collapse while the ones behind it stay as they are, in chosen steps of the data."""
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def noted_alarms() -> Iterator[list[tuple[int, dict[str, str]]]]:
     """What this process's alarms say of each row, with its step."""
     observe, found = CollapseAlarms.observe_named, []
 
-    def noted(self: CollapseAlarms, step: int, row: dict[str, float]) -> dict[str, str]:
+    def noted(self: CollapseAlarms, step: int, row: Mapping[str, Any]) -> dict[str, str]:
         alarms = observe(self, step, row)
         found.append((step, alarms))
         return alarms
