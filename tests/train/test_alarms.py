@@ -69,6 +69,7 @@ def test_each_rule_is_broken_by_its_measure_alone_and_says_what_to_change(metric
     assert said.startswith(f"video level 4: {prefix}{metric} {BROKEN[metric]:.4g} is ")
     assert RULES[metric].meaning in said
     assert ("the trained encoder's own" in said) == bool(prefix)
+    assert ("its EMA target is next" in text(metric, ("ema",), prefix)) == bool(prefix)
     assert said.endswith("start again from a checkpoint before the fall")
 
 
@@ -104,6 +105,9 @@ def test_what_prevents_collapse_is_read_off_the_objective() -> None:
 def test_a_small_gap_is_called_positional_where_tokens_know_their_place() -> None:
     assert "positional collapse, tokens know their place (R2 0.95) and not their clip" in text("cross_sample_gap")
     assert "positional" not in text("cross_sample_gap", position_decodability=0.5)
+    alarms = CollapseAlarms(AlarmConfig(warmup_steps=0, consecutive=1))
+    constant = HEALTHY | {"cross_sample_gap": 0.0, "mean_cosine": 0.99}
+    assert not any("positional" in said for said in alarms.observe(0, row(constant)))
 
 
 def test_the_first_strike_is_remembered_resumed_and_forgotten() -> None:
