@@ -220,6 +220,15 @@ def test_a_run_that_went_back_is_resumed_bit_for_bit(debug_run: DebugRun, tmp_pa
     assert len(metas[0]["recorder"]["alarms"]["best"]) > 50
 
 
+def test_after_a_roll_back_strikes_are_counted_anew(debug_run: DebugRun, tmp_path: Path) -> None:
+    """Level 3 has a strike at step 8, which the checkpoint of step 10 holds, and one more at step 12 after it."""
+    with collapsed(1, range(11, 16)), collapsed(2, [7, 17]):
+        run = debug_run(tmp_path / "run", *EARLY, ROLL_BACK)
+    before, last = (checkpoint.read_meta(run / "checkpoints" / f"step_{step:08d}") for step in (10, 20))
+    assert before["recorder"]["alarms"]["strikes"]["video/level3/rankme"] == 1
+    assert last["roll_backs"] == 1
+
+
 def test_without_a_checkpoint_from_before_there_is_no_way_back(debug_run: DebugRun, tmp_path: Path) -> None:
     with (
         collapsed(1, range(3, 100)),
