@@ -69,6 +69,7 @@ def test_each_rule_is_broken_by_its_measure_alone_and_says_what_to_change(metric
     assert said.startswith(f"video level 4: {prefix}{metric} {BROKEN[metric]:.4g} is ")
     assert RULES[metric].meaning in said
     assert ("the trained encoder's own" in said) == bool(prefix)
+    assert ("its EMA target is next" in text(metric, ("ema",), prefix)) == bool(prefix)
     assert said.endswith("start again from a checkpoint before the fall")
 
 
@@ -104,6 +105,9 @@ def test_what_prevents_collapse_is_read_off_the_objective() -> None:
 def test_a_small_gap_is_called_positional_where_tokens_know_their_place() -> None:
     assert "positional collapse, tokens know their place (R2 0.95) and not their clip" in text("cross_sample_gap")
     assert "positional" not in text("cross_sample_gap", position_decodability=0.5)
+    alarms = CollapseAlarms(AlarmConfig(warmup_steps=0, consecutive=1))
+    constant = HEALTHY | {"cross_sample_gap": 0.0, "mean_cosine": 0.99}
+    assert not any("positional" in said for said in alarms.observe(0, row(constant)))
 
 
 def test_the_first_strike_is_remembered_resumed_and_forgotten() -> None:
@@ -136,7 +140,8 @@ EARLY = (
     "train.steps=20",
     "train.diagnostics_every=4",
     "train.checkpoint.keep=20",
-    "train.alarms={warmup_steps: 2, rankme_drop: 0.1, covariance_rank_drop: 0.1, min_cross_sample_gap: -1, max_nmse: 3.0}",
+    "train.alarms={warmup_steps: 2, rankme_drop: 0.1, covariance_rank_drop: 0.1}",
+    "train.alarms={min_cross_sample_gap: -1.0, max_nmse: 3.0}",
 )
 STOP, ROLL_BACK = (f"train.alarms.on_collapse={policy}" for policy in ("stop", "roll_back"))
 
@@ -171,7 +176,9 @@ def test_a_healthy_run_raises_no_alarm(debug_run: DebugRun, tmp_path: Path) -> N
 
 def test_a_run_that_is_to_stop_stops_and_goes_on_when_told_to(debug_run: DebugRun, tmp_path: Path) -> None:
     with collapsed(1, range(6, 100)):
-        with pytest.raises(CollapseError, match=r"step 12: features look collapsed\. video level 2: .*=stop; with"):
+        with pytest.raises(
+            CollapseError, match=r"step 12: features look collapsed\. video level 2: .*=stop; with warn"
+        ):
             debug_run(tmp_path / "run", *EARLY, STOP)
         assert saved_steps(tmp_path / "run") == [5, 10]
         held = load_for_resume(tmp_path / "run" / "config.yaml", ["train.alarms.on_collapse=warn"])
@@ -203,8 +210,7 @@ def test_a_run_that_went_back_is_resumed_bit_for_bit(debug_run: DebugRun, tmp_pa
     with collapsed(1, [*range(11, 16), 20, 21]):  # after the roll back data step 21 is measured: one strike at step 16
         whole = debug_run(tmp_path / "whole", *EARLY, ROLL_BACK)
         run = debug_run(tmp_path / "run", *EARLY, ROLL_BACK)
-        for step in (20,):
-            (run / "checkpoints" / f"step_{step:08d}").rename(run / f"step_{step}")
+        (run / "checkpoints" / "step_00000020").rename(run / "aside")
         debug_run(run, *EARLY, ROLL_BACK, resume=True)
     assert numbers(run) == numbers(whole)
     metas = [checkpoint.read_meta(each / "checkpoints" / "step_00000020") for each in (run, whole)]
@@ -212,6 +218,15 @@ def test_a_run_that_went_back_is_resumed_bit_for_bit(debug_run: DebugRun, tmp_pa
         del meta["seconds"]
     assert metas[0] == metas[1]
     assert len(metas[0]["recorder"]["alarms"]["best"]) > 50
+
+
+def test_after_a_roll_back_strikes_are_counted_anew(debug_run: DebugRun, tmp_path: Path) -> None:
+    """Level 3 has a strike at step 8, which the checkpoint of step 10 holds, and one more at step 12 after it."""
+    with collapsed(1, range(11, 16)), collapsed(2, [7, 17]):
+        run = debug_run(tmp_path / "run", *EARLY, ROLL_BACK)
+    before, last = (checkpoint.read_meta(run / "checkpoints" / f"step_{step:08d}") for step in (10, 20))
+    assert before["recorder"]["alarms"]["strikes"]["video/level3/rankme"] == 1
+    assert last["roll_backs"] == 1
 
 
 def test_without_a_checkpoint_from_before_there_is_no_way_back(debug_run: DebugRun, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -185,12 +185,14 @@ METRIC_KEY = re.compile(r"diag/(?P<name>(?P<modality>\w+)/(?:level(?P<level>\d+)
 CONTEXT = "context_"  # before measures of the trained encoder's own features
 
 
-def limit(metric: str, config: AlarmConfig, best: float, held_by: Iterable[str] = ()) -> Limit | None:
+def limit(metric: str, config: AlarmConfig, best: float, held_by: Sequence[str] = ()) -> Limit | None:
     """The bound on a measure whose highest value since the warm-up is `best`; None where no rule is known."""
     rule = RULES.get(metric.removeprefix(CONTEXT))
     if rule is None:
         return None
-    whose = " (the trained encoder's own: a target that follows it is next)" if metric.startswith(CONTEXT) else ""
+    whose = ""
+    if metric.startswith(CONTEXT):
+        whose = f" (the trained encoder's own{'; its EMA target is next' if 'ema' in held_by else ''})"
     return Limit(rule.bound(config, best), rule.is_floor, f"{rule.meaning}{whose}; {remedy(rule.illness, held_by)}")
 
 
@@ -278,18 +280,16 @@ class CollapseAlarms:
         if self._strikes[name] < self.config.consecutive:
             return None
         side = "is not finite" if not math.isfinite(value) else f"is {'below' if bound.is_floor else 'above'}"
-        place = _place_is_told(metric, match[0], row)
+        place = self._positional(match, row) if metric == "cross_sample_gap" else ""
         return (
             f"{match['modality']} {part}: {metric} {value:.4g} {side} {bound.value:.4g} "
             f"in {self._strikes[name]} evaluations in a row: {place}{bound.advice}"
         )
 
-
-def _place_is_told(metric: str, key: str, row: Mapping[str, Any]) -> str:
-    """What a small gap means where a token's place can be read from its features."""
-    if metric != "cross_sample_gap":
-        return ""
-    told = float(row.get(key.replace(metric, "position_decodability"), 0.0))
-    if told < PLACE_IS_TOLD:
-        return ""
-    return f"positional collapse, tokens know their place (R2 {told:.2f}) and not their clip: "
+    def _positional(self, match: re.Match[str], row: Mapping[str, Any]) -> str:
+        """What a small gap means where features vary and tell a token's place; of a constant they tell it too."""
+        prefix = match[0].removesuffix(match["metric"])
+        told = float(row.get(f"{prefix}position_decodability", 0.0))
+        if told < PLACE_IS_TOLD or float(row.get(f"{prefix}mean_cosine", 0.0)) > self.config.max_mean_cosine:
+            return ""
+        return f"positional collapse, tokens know their place (R2 {told:.2f}) and not their clip: "
