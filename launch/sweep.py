@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +25,7 @@ Method = Literal["bisect", "grid", "random"]
 RUNS: dict[Method, int] = {"bisect": 6, "grid": 12, "random": 12}
 SHARE = 6  # a run's default length is this part of the recipe's: a bisection costs one training
 DECADES = 3  # on each side of the configured value, where no range is given
-SET_BY_SWEEP = ("run_dir", "report")
+SET_BY_SWEEP = ("run_dir", "report", "train.steps")
 SWEEP_ONLY = ("method", "range", "runs", "steps", "jobs", "score")
 MEAN = "mean"
 
@@ -117,18 +118,13 @@ def read_sweep(arguments: argparse.Namespace) -> Sweep:
 
     Raises ConfigError or SweepError for what cannot work, before anything runs.
     """
-    overrides = {key: value for key, _, value in (text.partition("=") for text in arguments.overrides)}
-    folder = Path(overrides.pop("run_dir", f"runs/{arguments.recipe}_sweep"))
-    steps = _steps(arguments.steps, overrides.pop("train.steps", None))
-    if refused := sorted(overrides.keys() & set(SET_BY_SWEEP)):
-        raise SweepError(f"{refused[0]} is set by the sweep: leave it out")
-    kept = tuple(f"{key}={value}" for key, value in overrides.items())
+    given = {key: value for key, _, value in (text.partition("=") for text in arguments.overrides)}
+    kept = tuple(text for text in arguments.overrides if text.partition("=")[0] not in ("run_dir", "train.steps"))
     recipe = load_config(arguments.recipe, arguments.stage, kept, options=arguments.option)
     axes = _axes(arguments, recipe)
-    if clash := sorted({axis.key for axis in axes} & overrides.keys()):
-        raise SweepError(f"{clash[0]} is both swept and set: leave {clash[0]}={overrides[clash[0]]} out")
+    _check_keys(given, [axis.key for axis in axes])
     method = arguments.method or ("bisect" if len(axes) == 1 and axes[0].is_range else "grid")
-    steps = steps or max(1, recipe.train.steps // SHARE)
+    steps = _steps(arguments.steps, given.get("train.steps")) or max(1, recipe.train.steps // SHARE)
     sweep = Sweep(
         recipe=recipe.recipe,
         stage=recipe.stage,
@@ -139,11 +135,21 @@ def read_sweep(arguments: argparse.Namespace) -> Sweep:
         runs=RUNS[method] if arguments.runs is None else arguments.runs,
         steps=steps,
         score=arguments.score or MEAN,
-        folder=folder,
+        folder=Path(given.get("run_dir", f"runs/{recipe.recipe}_sweep")),
         scaled=tuple(at_length(recipe, steps)),
     )
     _check(sweep, arguments)
     return sweep
+
+
+def _check_keys(given: Mapping[str, str], swept: Sequence[str]) -> None:
+    """Every setting has one owner: the sweep, the command line, or a swept key."""
+    if len(set(swept)) < len(swept):
+        raise SweepError("--sweep: a key is given twice")
+    if taken := [key for key in swept if key in SET_BY_SWEEP] + [key for key in given if key == "report"]:
+        raise SweepError(f"{taken[0]} is set by the sweep: leave it out")
+    if clash := [key for key in swept if key in given]:
+        raise SweepError(f"{clash[0]} is both swept and set: leave {clash[0]}={given[clash[0]]} out")
 
 
 def _steps(asked: int | None, override: str | None) -> int | None:
@@ -162,8 +168,6 @@ def _steps(asked: int | None, override: str | None) -> int | None:
 def _axes(arguments: argparse.Namespace, config: RunConfig) -> tuple[Axis, ...]:
     """The swept keys; one that stands alone takes --range, or DECADES on both sides of its value."""
     axes = [read_axis(text) for text in arguments.sweep]
-    if len({axis.key for axis in axes}) < len(axes):
-        raise SweepError("--sweep: a key is given twice")
     bare = [axis for axis in axes if axis.is_range and math.isnan(axis.low)]
     if arguments.range and len(bare) != 1:
         raise SweepError("--range is for one --sweep KEY without values: with several keys write KEY=LOW..HIGH")
@@ -177,7 +181,9 @@ def _range(arguments: argparse.Namespace, axis: Axis, config: RunConfig) -> tupl
     value = _configured(config, axis.key)
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         raise SweepError(f"--sweep {axis.key} is {value!r} in this recipe: give --range LOW HIGH or KEY=a,b,c")
-    return f"{value / 10**DECADES!r}", f"{value * 10.0**DECADES!r}"
+    if isinstance(value, int):
+        return str(max(1, value // 10**DECADES)), str(value * 10**DECADES)
+    return repr(value / 10**DECADES), repr(value * 10**DECADES)
 
 
 def _configured(config: RunConfig, key: str) -> object:

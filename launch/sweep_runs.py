@@ -96,6 +96,12 @@ class RealRuns:
             if self.trainings.stopped_by is not None:
                 raise SweepStopped(self.trainings.stopped_by)
             return Trial(values, "failed", None, note=f"status {status}: {_last_words(folder / 'log.txt')}")
+        try:
+            return self._judge(values, folder)
+        except (ValueError, RuntimeError, OSError) as error:
+            return Trial(values, "failed", None, note=f"trained, but not judged: {error}")
+
+    def _judge(self, values: Values, folder: Path) -> Trial:
         run = read_run(folder)
         alarms = standing_alarms(run)
         scores = scores_of(run)
@@ -135,7 +141,11 @@ def run_sweep(sweep: Sweep, *, jobs: int, resume: bool) -> int:
         held.lock()
         record = Record(sweep, resume=resume)
         first = sweep.planned()[0]
-        prepare_data(sweep.config(first, run_name(0, first)))  # once, before runs that would all make it
+        config = sweep.config(first, run_name(0, first))
+        prepare_data(config)  # once, before runs that would all make it
+        for suite, settings in config.suites().items():
+            if not Path(settings.data).is_dir():
+                raise SweepError(f"evals.{suite}.data={settings.data} does not exist: the runs could not be scored")
         try:
             best = sweep_values(record, RealRuns(sweep, trainings), jobs=jobs)
         except SweepStopped as stopped:

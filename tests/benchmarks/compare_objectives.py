@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from vjepa.hub import from_pretrained
 from vjepa.nn.encoder import Encoder
 from vjepa.objectives import build_objective
 from vjepa.train.diagnostics import mean_cosine, rankme
+from vjepa.train.memory_trace import fake_micro_batch
 from vjepa.train.run_dir import write_text
 
 RECIPE, STAGE = "demo", "primary"
@@ -115,6 +116,7 @@ class Comparison:
     data: Path
     steps: int
     overrides: tuple[str, ...] = ()
+    probes: EvalConfig = field(default_factory=EvalConfig)
 
     def common(self) -> list[str]:
         return [
@@ -142,8 +144,14 @@ class Comparison:
 
 
 def flops_per_step(config: RunConfig) -> float:
-    """The objective's own count, the mean over the sampled masks of a recipe."""
-    return Planner(config, device_type="cpu").flops_per_step
+    """The objective's own count, the mean over the masks that the planner samples."""
+    planner = Planner(config)
+    objective = build_objective(config.objective, config.model, config.predictor, seed=0, device="meta")
+    with torch.device("meta"):
+        return sum(
+            size * statistics.fmean(objective.flops(fake_micro_batch({m: clip}, planner.encoder)) for clip in clips)
+            for (m, clips), size in zip(planner.clips.items(), planner.batch.values(), strict=True)
+        )
 
 
 def filled(training: Training, before: Path) -> Training:
@@ -208,14 +216,15 @@ def measure(comparison: Comparison, part: Training, runs: Sequence[Path], seed: 
         "tflop": sum(mean * count for mean, count in zip(spent, steps, strict=True)),
         "seconds": sum(run.summary["stages"][STAGE]["seconds"] for run in finished),
         "seed": seed,
-        **describe_features(EncoderFeatures(TRAINED, encoder), encoder, comparison.data),
+        **describe_features(EncoderFeatures(TRAINED, encoder), encoder, comparison),
     }
 
 
-def describe_features(source: FeatureSource, encoder: Encoder, data: Path) -> dict[str, Any]:
+def describe_features(source: FeatureSource, encoder: Encoder, comparison: Comparison) -> dict[str, Any]:
     """Scores, mean cosine and RankMe of features; truths lie on the grid of the encoder's tokens."""
-    train, test = read_splits(MOTION, data, patch_size=encoder.patch_size, tubelet_size=encoder.tubelet_size)
-    scores = task_scores(run_suite(MOTION, [source], train, test, EvalConfig(), stage=STAGE))
+    grid = {"patch_size": encoder.patch_size, "tubelet_size": encoder.tubelet_size}
+    train, test = read_splits(MOTION, comparison.data, **grid)
+    scores = task_scores(run_suite(MOTION, [source], train, test, comparison.probes, stage=STAGE))
     rows = token_rows(source, test)
     return {
         "scores": {task: round(scores[task], 4) for task in TASKS},
@@ -241,7 +250,7 @@ def reference(comparison: Comparison, name: str, seed: int) -> None:
     pixels = PixelFeatures(encoder.patch_size, encoder.tubelet_size)
     source = pixels if name == RGB else EncoderFeatures(UNTRAINED, encoder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(describe_features(source, encoder, comparison.data) | {"seed": seed}, indent=2) + "\n")
+    write_text(path, json.dumps(describe_features(source, encoder, comparison) | {"seed": seed}, indent=2) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------- the table

@@ -46,6 +46,10 @@ def test_a_key_alone_is_bisected_three_decades_around_its_value_in_runs_of_a_six
 def test_a_key_that_the_recipe_leaves_at_its_default_has_a_range_too() -> None:
     (axis,) = asked("--recipe", "demo", "--sweep", "objective.terms.context_prediction.lambda_image").axes
     assert (axis.low, axis.high) == pytest.approx((0.7e-3, 0.7e3))
+    (axis,) = asked(
+        "--recipe", "demo", "--sweep", "train.optim.lr.warmup_steps", "--method", "grid", "--runs", "3"
+    ).axes
+    assert (axis.low, axis.high, axis.is_whole) == (1, 250_000, True)
 
 
 def test_the_schedules_of_the_runs_are_scaled_and_what_the_user_sets_stays(tmp_path: Path) -> None:
@@ -93,6 +97,8 @@ def test_defaults_of_terms_are_scaled_as_well() -> None:
         (("--sweep", KEY, f"{KEY}=1"), "both swept and set"),
         (("--sweep", KEY, "--sweep", KEY), "given twice"),
         (("--sweep", KEY, "report=true"), "report is set by the sweep"),
+        (("--sweep", "train.steps=10,20"), "train.steps is set by the sweep"),
+        (("--sweep", KEY, "train.seed"), "'train.seed' is no override: write key=value"),
         (("--sweep", "train.optim.lr.start"), r"is 0\.0 in this recipe: give --range"),
         (("--sweep", "no.such.key"), "is None in this recipe: give --range"),
         (("--sweep", "train.seed=1,2", "--range", "1", "2"), "--range is for one --sweep KEY without values"),
