@@ -26,7 +26,7 @@ from launch.config import RunConfig, load_for_resume
 from vjepa.batch import MicroBatch
 from vjepa.config import ConfigError
 from vjepa.objectives import JEPA, build_objective
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.train import checkpoint
 from vjepa.train.incident import read_micro_batches
 from vjepa.train.run_dir import RunDir

@@ -30,7 +30,7 @@ from vjepa.config import ConfigError, to_yaml
 from vjepa.masking.collate import MaskCollator
 from vjepa.objectives import JEPA, build_objective
 from vjepa.objectives.build import load_teacher
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.train.distributed import World, init_world, leave_process
 from vjepa.train.record import Interrupted
 from vjepa.train.run_dir import RunDir, write_text

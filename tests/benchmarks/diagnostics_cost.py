@@ -27,7 +27,8 @@ from tests.benchmarks.gpu_step import micro_batches
 from vjepa.batch import Batch, Modality
 from vjepa.config import build_models
 from vjepa.nn.rope import grid_positions
-from vjepa.objectives.jepa import JEPA, Result, freeze_unused
+from vjepa.objectives.checks import freeze_unused
+from vjepa.objectives.jepa import JEPA, Result
 from vjepa.objectives.terms import Outputs
 from vjepa.train import diagnostics, representation
 from vjepa.train.config import TrainConfig

@@ -32,7 +32,8 @@ from launch.config import RunConfig, load_config
 from vjepa.batch import Batch, MicroBatch, Modality
 from vjepa.config import build_models
 from vjepa.masking.collate import MaskCollator
-from vjepa.objectives.jepa import JEPA, freeze_unused
+from vjepa.objectives.checks import freeze_unused
+from vjepa.objectives.jepa import JEPA
 from vjepa.train.accounts import Accounts
 from vjepa.train.distributed import World
 from vjepa.train.optim import build_optimizer, set_schedule

@@ -20,7 +20,7 @@ from vjepa.batch import Batch, Mask
 from vjepa.config import ModelConfig, PredictorSettings
 from vjepa.nn.latent import LatentConfig
 from vjepa.objectives import JEPA, ObjectiveConfig, build_objective
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.train.latents import latent_diagnostics
 
 BATCH, SIDE, PATCH = 16, 4, 8  # clips, patches of a side, pixels of a patch

@@ -16,7 +16,7 @@ from launch.config import RunConfig, load_config
 from vjepa.batch import Batch, Modality
 from vjepa.masking.collate import MaskCollator
 from vjepa.objectives import JEPA, build_objective
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.train.distributed import World, init_world
 from vjepa.train.parallel import ParallelConfig, full, parallelise
 

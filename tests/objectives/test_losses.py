@@ -16,7 +16,7 @@ from vjepa.config import ModelConfig, PredictorSettings, build_models
 from vjepa.masking.collate import MaskCollator, MaskConfig
 from vjepa.nn.encoder import View
 from vjepa.objectives import JEPA, ObjectiveConfig, build_terms
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.objectives.targets import EmaTarget, normalise_levels
 from vjepa.objectives.terms import ContextPrediction, Distance, MaskedPrediction, sqrt_distance_to_masked
 

@@ -14,8 +14,8 @@ from tests.objectives.test_losses import micro_batch
 from vjepa.batch import normalise
 from vjepa.config import ModelConfig, PredictorSettings
 from vjepa.objectives import JEPA, ObjectiveConfig, build_objective
+from vjepa.objectives.checks import freeze_unused
 from vjepa.objectives.config import TeacherConfig
-from vjepa.objectives.jepa import freeze_unused
 from vjepa.objectives.targets import EmaTarget, FrozenTarget, PixelTarget
 from vjepa.registry import create_encoder, model_config
 

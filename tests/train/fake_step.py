@@ -13,7 +13,7 @@ from tests.train.live_storages import LiveStorages
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.nn.predictor import PredictorConfig
 from vjepa.objectives import JEPA, ObjectiveConfig
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.train.distributed import World
 from vjepa.train.memory_trace import DeviceType, Loads, Precision, fake_micro_batch, fake_tensors, objective_on_meta
 from vjepa.train.optim import OptimConfig, build_optimizer

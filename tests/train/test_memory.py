@@ -17,7 +17,7 @@ from vjepa.nn.latent import LatentConfig
 from vjepa.nn.predictor import PredictorConfig
 from vjepa.nn.rope import grid_table
 from vjepa.objectives import ObjectiveConfig
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.registry import model_config
 from vjepa.train.distributed import World
 from vjepa.train.memory import StepMemory, count_elements

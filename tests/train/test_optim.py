@@ -5,7 +5,7 @@ from torch import nn
 
 from vjepa.config import ModelConfig, PredictorSettings, build_models
 from vjepa.objectives import JEPA, ObjectiveConfig
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.train.optim import OptimConfig, build_optimizer, split_parameters
 
 

@@ -17,15 +17,13 @@ from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, latent_flops, predic
 from vjepa.nn.init import WEIGHT_STD, initialise
 from vjepa.nn.latent import Latent, LatentInference, latent_noise
 from vjepa.nn.predictor import Predictor, Query
+from vjepa.objectives.checks import check_together
 from vjepa.objectives.config import ObjectiveConfig
 from vjepa.objectives.embeddings import Embeddings, Nested, StepEmbeddings
 from vjepa.objectives.outputs import Outputs
 from vjepa.objectives.regularisers import Regulariser
 from vjepa.objectives.targets import EmaTarget, FrozenTarget, PixelTarget, Target, normalise_levels
 from vjepa.objectives.terms import (
-    ContextPrediction,
-    LatentInformation,
-    MaskedPrediction,
     Term,
     WholeBatchTerm,
     build_terms,
@@ -79,8 +77,7 @@ class JEPA(nn.Module):
         if predictor is not None and config.latent.kind != "none":
             self._build_latent(predictor)
         self.wanted = Wanted(masks=predictor is not None, whole=config.target == "online", crops=self._uses_views())
-        self._check()
-        self._check_latent()
+        check_together(self)
         if not next(encoder.parameters()).is_meta:
             self._initialise_heads(seed=0)
 
@@ -118,37 +115,6 @@ class JEPA(nn.Module):
 
     def _uses_views(self) -> bool:
         return any(embeddings.config.of == "views" for embeddings in self.embeddings())
-
-    def _check(self) -> None:
-        """Refuse what does not go together, before any step."""
-        target = self.config.target
-        if (target == "none") is not (self.predictor is None):
-            raise ValueError("a predictor is given where something is predicted: see vjepa.objectives.build_objective")
-        if (target == "frozen") is not isinstance(self.target, FrozenTarget):
-            raise ValueError(f"objective.target={target}: only a frozen target is given a teacher, and always")
-        predicting = [n for n, t in self.terms.items() if isinstance(t, MaskedPrediction | ContextPrediction)]
-        if target == "none" and predicting:
-            raise ValueError(
-                f"objective.target=none has no predictions: set objective.terms.{predicting[0]} to null, or choose "
-                "another target"
-            )
-        if not self.wanted.whole and any(embeddings.config.of == "whole" for embeddings in self.embeddings()):
-            raise ValueError("embedding.of=whole needs objective.target=online: a target's tokens have no gradient")
-
-    def _check_latent(self) -> None:
-        asked, found = self.config.latent, 0 if self.predictor is None else self.predictor.config.latent_dim
-        if found != asked.width:
-            raise ValueError(
-                f"objective.latent has {asked.width} channels, the predictor's latent_dim={found}: see build_objective"
-            )
-        limits = [name for name, term in self.terms.items() if isinstance(term, LatentInformation)]
-        if asked.kind == "none" and limits:
-            raise ValueError(f"objective.terms.{limits[0]} needs objective.latent.kind=gaussian or discrete")
-        if asked.kind == "gaussian" and not limits:
-            log.warning(
-                "objective.latent.kind=gaussian without objective.terms.latent_information: nothing limits what the "
-                "latent tells, it may copy the target (watch diag/*/latent/context_reliance)"
-            )
 
     def _initialise_heads(self, *, seed: int, weight_std: float = WEIGHT_STD) -> None:
         for name, head in self.heads.items():
@@ -292,20 +258,20 @@ class JEPA(nn.Module):
 
     def flops(self, micro_batch: MicroBatch) -> int:
         """Floating-point operations of one forward and backward pass, the target's forward pass included."""
-        total, mine = 0, self.encoder.config
-        for batch in micro_batch.values():
-            clips = len(batch)
-            if self.target_encoder is not None:
-                total += encoder_flops(self.target_encoder.config, batch.grid, batch.modality, clips, [None])
-            for grid, lengths in self.wanted.lengths(batch, mine.patch_size, mine.tubelet_size):
-                total += FORWARD_BACKWARD * encoder_flops(mine, grid, batch.modality, clips, lengths)
-            if self.predictor is not None:
-                counts = [(mask.context.shape[1], mask.masked.shape[1]) for mask in batch.masks]
-                total += FORWARD_BACKWARD * predictor_flops(self.predictor.config, clips, counts)
-                tokens, masked = math.prod(batch.grid), [masked for _, masked in counts]
-                where = (self.config.latent, self.predictor.config, clips, tokens, masked)
-                total += FORWARD_BACKWARD * latent_flops(*where)
-        return total
+        return sum(self._flops(batch) for batch in micro_batch.values())
+
+    def _flops(self, batch: Batch) -> int:
+        mine, clips, trained, total = self.encoder.config, len(batch), 0, 0
+        if self.target_encoder is not None:
+            total += encoder_flops(self.target_encoder.config, batch.grid, batch.modality, clips, [None])
+        for grid, lengths in self.wanted.lengths(batch, mine.patch_size, mine.tubelet_size):
+            trained += encoder_flops(mine, grid, batch.modality, clips, lengths)
+        if self.predictor is not None:
+            counts = [(mask.context.shape[1], mask.masked.shape[1]) for mask in batch.masks]
+            trained += predictor_flops(self.predictor.config, clips, counts)
+            tokens, masked = math.prod(batch.grid), [masked for _, masked in counts]
+            trained += latent_flops(self.config.latent, self.predictor.config, clips, tokens, masked)
+        return total + FORWARD_BACKWARD * trained
 
     def momentum_at(self, step: int, total_steps: int) -> float | None:
         """The target's momentum in the update numbered `step` from 0; None where no target follows the encoder."""
@@ -326,31 +292,3 @@ class JEPA(nn.Module):
 
 def _in_order(micro_batch: MicroBatch) -> list[Batch]:
     return [micro_batch[modality] for modality in MODALITIES if modality in micro_batch]
-
-
-def freeze_unused(objective: JEPA, modalities: list[Modality]) -> list[str]:
-    """Switch off gradients of parameters that no step can reach (an absent modality's, an unused head's); their names.
-
-    Every parameter that stays trainable gets a gradient in every step on every rank: nothing waits for it.
-    """
-    unused = {
-        f"{owner}.{modality}"
-        for modality in MODALITIES
-        if modality not in modalities
-        for owner in ("encoder.tokenizer", "predictor.mask_tokens", "predictor.modality_embeds")
-    } | {f"encoder.tokenizer.{modality}_embed" for modality in MODALITIES if modality not in modalities}
-    if not any(isinstance(term, ContextPrediction) for term in objective.terms.values()):
-        unused.add("predictor.context_head")
-    if objective.predictor is None:  # a predictor reads all levels
-        unused |= {f"encoder.norms.{level}" for level in _levels_not_embedded(objective)}
-    frozen = []
-    for name, parameter in objective.named_parameters():
-        if parameter.requires_grad and any(name == prefix or name.startswith(prefix + ".") for prefix in unused):
-            parameter.requires_grad_(False)
-            frozen.append(name)
-    return frozen
-
-
-def _levels_not_embedded(objective: JEPA) -> set[int]:
-    embedded = {level for embeddings in objective.embeddings() for level in embeddings.levels}
-    return set(range(len(objective.encoder.levels))) - embedded

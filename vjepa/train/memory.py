@@ -20,7 +20,7 @@ from vjepa.batch import MODALITIES, Modality
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.nn.predictor import PredictorConfig
 from vjepa.objectives import JEPA, ObjectiveConfig
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.train.memory_trace import (
     DeviceType,
     Load,

@@ -28,7 +28,7 @@ from vjepa.nn.predictor import PredictorConfig
 from vjepa.nn.rope import grid_table, sincos_table
 from vjepa.objectives import JEPA, ObjectiveConfig
 from vjepa.objectives.build import objective_of
-from vjepa.objectives.jepa import freeze_unused
+from vjepa.objectives.checks import freeze_unused
 from vjepa.train.distributed import World
 from vjepa.train.parallel import Activations, ParallelConfig, parallelise
 
