@@ -80,7 +80,7 @@ def test_each_rule_is_broken_by_its_measure_alone_and_says_what_to_change(metric
         ("mean_cosine", ("sigreg",), "raise objective.terms.sigreg.weight"),
         ("feature_std", ("vicreg",), "raise objective.terms.vicreg.variance"),
         ("covariance_rank", ("vicreg",), "raise objective.terms.vicreg.covariance"),
-        ("cross_sample_gap", ("sigreg",), "embedding.pool must be place or clip"),
+        ("cross_sample_gap", ("sigreg",), "embedding.pool=place asks clips apart"),
         ("nmse", ("ema",), "the target may move faster than the predictor learns"),
         ("nmse", ("sigreg",), "lower objective.terms.sigreg.weight"),
         ("rankme", ("online",), "nothing holds the features up"),

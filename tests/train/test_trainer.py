@@ -26,6 +26,7 @@ from vjepa.train import record
 from vjepa.train.checkpoint import committed
 from vjepa.train.health import NonFiniteError
 from vjepa.train.record import BadDataError, Interrupted
+from vjepa.train.representation import INFORMATION
 from vjepa.train.run_dir import RunDirError
 from vjepa.train.signals import StopFlag
 from vjepa.train.trainer import Trainer
@@ -83,8 +84,9 @@ def test_every_logged_row_has_the_numbers_that_tools_rely_on(whole: Path) -> Non
 
 
 def test_diagnostics_cover_both_modalities_and_all_levels(whole: Path) -> None:
-    measures = ("feature_std", "mean_cosine", "rankme", "target_prediction_cosine", "cross_sample_gap")
-    wanted = {
+    predictability = ("target_prediction_cosine", "cross_sample_gap", "nmse", "position_decodability")
+    measures = (*INFORMATION, *(f"context_{name}" for name in INFORMATION), *predictability)
+    wanted = {"diag/ema_distance"} | {
         f"diag/{modality}/level{level}/{measure}"
         for modality in ("video", "image")
         for level in (1, 2, 3, 4)
