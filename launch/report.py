@@ -31,6 +31,7 @@ from launch.report_page import page
 from launch.report_pictures import pca_figures
 from launch.report_run import Run, read_run
 from vjepa.objectives import build_objective
+from vjepa.objectives.terms import term_kinds
 from vjepa.train.diagnostics import METRIC_KEY, CollapseAlarms
 from vjepa.train.remedies import prevention
 from vjepa.train.run_dir import RunDir
@@ -107,8 +108,7 @@ def _count_lines(path: Path) -> int:
 def _alarms(run: Run) -> list[str]:
     """The alarms the run raised, found again from its rows: the first of each series."""
     objective = run.config.objective
-    terms = [name for name, options in objective.terms.items() if options is not None]
-    watch = CollapseAlarms(run.config.train.alarms, prevention(objective.target, terms))
+    watch = CollapseAlarms(run.config.train.alarms, prevention(objective.target, term_kinds(objective.terms)))
     standing: dict[str, str] = {}
     texts = []
     for row in run.rows:

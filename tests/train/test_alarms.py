@@ -99,7 +99,8 @@ def test_what_prevents_collapse_is_read_off_the_objective() -> None:
     assert prevention("online", predictions | {"vicreg"}) == ("vicreg",)
     assert prevention("online", predictions) == ("online",)
     assert prevention("online", predictions | {"another"}) == ()
-    assert prevention("frozen", predictions) == ()
+    assert prevention("frozen", predictions) == ("frozen",)
+    assert prevention("none", {"invariance", "sigreg"}) == ("sigreg",)
 
 
 def test_a_small_gap_is_called_positional_where_tokens_know_their_place() -> None:

@@ -66,6 +66,11 @@ def build_terms(terms: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Term
     return built
 
 
+def term_kinds(terms: Mapping[str, Any]) -> set[str]:
+    """The registered names of a recipe's terms, whatever they are called there."""
+    return {str(options.get("term", name)) for name, options in terms.items() if options is not None}
+
+
 def _build_term(name: str, options: dict[Any, Any]) -> Term:
     kind = options.pop("term", name)
     if kind not in TERMS:

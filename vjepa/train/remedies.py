@@ -16,8 +16,17 @@ COVER = (
 )
 POOL = "embedding.pool=place asks clips apart at each place; pooled over tokens, variance over places is enough"
 OUTWEIGHS = "the statistics may outweigh the prediction: lower objective.terms"
+STILL = {
+    "frozen": "a teacher does not change: where its own features are so, take another objective.teacher.path or other "
+    "teacher.levels; where the encoder's are (context_), lower lr",
+    "pixels": "pixels do not change: where the encoder's features are so (context_), lower lr",
+}
 UNHELD = {"online": "nothing holds the features up: set objective.target=ema, or add the term sigreg or vicreg"}
-GENERAL = {"": "lower lr or raise the EMA momentum", "ema": EMA, **UNHELD}
+VISREG = (
+    "raise objective.terms.visreg.weight, keep the projector, which begins at unit scale, and use a larger batch: it "
+    "collapses by itself from a small scale"
+)
+GENERAL = {"": "lower lr or raise the EMA momentum", "ema": EMA, "visreg": VISREG, **UNHELD, **STILL}
 
 REMEDIES: dict[Illness, dict[str, str]] = {  # "": where it is not known what is to prevent it
     "constant": GENERAL
@@ -35,6 +44,8 @@ REMEDIES: dict[Illness, dict[str, str]] = {  # "": where it is not known what is
         "ema": f"the target may move faster than the predictor learns: {EMA}",
         "sigreg": f"{OUTWEIGHS}.sigreg.weight",
         "vicreg": f"{OUTWEIGHS}.vicreg.weight",
+        "visreg": f"{OUTWEIGHS}.visreg.weight",
+        "frozen": "the predictor does not follow the teacher: train longer, lower lr, or predict fewer teacher.levels",
     },
 }
 
@@ -42,9 +53,9 @@ REMEDIES: dict[Illness, dict[str, str]] = {  # "": where it is not known what is
 def prevention(target: str, terms: Iterable[str]) -> tuple[str, ...]:
     """What is to keep the features from a constant, as `REMEDIES` calls it, by an objective's target and its terms."""
     names = set(terms)
-    held = tuple(name for name in ("sigreg", "vicreg") if name in names)
-    if target == "ema":
-        return ("ema", *held)
+    held = tuple(name for name in ("sigreg", "vicreg", "visreg") if name in names)
+    if target in ("ema", *STILL):
+        return (target, *held)
     return ("online",) if target == "online" and names <= PLAIN_TERMS else held
 
 

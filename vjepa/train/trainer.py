@@ -23,6 +23,7 @@ from vjepa.batch import MicroBatch, Modality
 from vjepa.objectives.embeddings import StepEmbeddings
 from vjepa.objectives.jepa import JEPA, Result
 from vjepa.objectives.outputs import Outputs
+from vjepa.objectives.terms import term_kinds
 from vjepa.train import checkpoint
 from vjepa.train.config import TrainConfig
 from vjepa.train.distributed import World
@@ -81,7 +82,7 @@ class Trainer:
             start_step=0,
             max_bad_fraction=max_bad_fraction,
             title=title,
-            held_by=prevention(objective.config.target, objective.terms),
+            held_by=prevention(objective.config.target, term_kinds(objective.config.terms)),
         )
         self.probes = build_probes(config.probe, objective, world)
         self.step = 0  # completed steps
