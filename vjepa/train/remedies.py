@@ -9,10 +9,10 @@ Illness = Literal["constant", "narrow", "blind", "unpredictable"]  # blind: to t
 
 PLAIN_TERMS = {"masked_prediction", "context_prediction"}  # alone with an online target they collapse
 EMA = "lower train.optim.lr.peak or raise objective.momentum (0.99 to 0.9995 are known to learn)"
-SIGREG = "raise objective.terms.sigreg.weight (0.01 to 0.2 is usual; with scale=n it acts as weight x global samples)"
+SIGREG = "raise objective.terms.sigreg.weight (with scale=n it acts as weight x global samples: see effective_weight)"
 COVER = (
-    "its embedding.levels must cover this level; statistics behind a projector's batch normalisation, or of clips' means, "
-    "may look well while tokens are constant: embedding.projector=null with pool=place"
+    "its embedding.levels must cover this level; behind a projector's batch normalisation little spread looks like "
+    "much, so that the weight must be far higher than without one"
 )
 POOL = "embedding.pool=place asks clips apart at each place; pooled over tokens, variance over places is enough"
 OUTWEIGHS = "the statistics may outweigh the prediction: lower objective.terms"
