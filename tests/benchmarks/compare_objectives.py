@@ -79,7 +79,7 @@ class Entry:
 
 
 # What options need at the demo's size: views that differ (it crops nothing), a predictor as small as its own, masks of
-# their own alone, as many clips a step, and the weight of SIGReg at a batch of 16 that tests/benchmarks/bisection.py finds.
+# their own alone, as many clips a step, and SIGReg's weight at a batch of 16 (tests/benchmarks/bisection.py finds it).
 VIEWS = (
     "data.video.clip.scale_min=0.3",
     "data.video.clip.local.size=16",

@@ -31,7 +31,7 @@ class EmbeddingConfig:
 
     of: Literal["whole", "context", "views"] = "context"  # tokens of whole clips (target=online), visible, of all crops
     pool: Literal["clip", "token", "place", "step", "first"] = "clip"  # samples: see vjepa/objectives/vicreg.py
-    levels: list[int] | None = None  # supervised levels from 1, each with statistics of its own; null: the last
+    levels: list[int] | None = None  # supervised levels from 1, each with statistics of its own; null: all
     projector: int | None = None  # width behind an MLP with batch normalisation; null: none
     hidden_dim: int = 2048  # of that MLP
 
@@ -90,7 +90,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config, self.name = config, name
         count = len(encoder.levels)
-        chosen = [count] if config.levels is None else config.levels
+        chosen = list(range(1, count + 1)) if config.levels is None else config.levels
         if not chosen or not all(1 <= level <= count for level in chosen):
             raise ValueError(f"embedding.levels={chosen}: the encoder has {count} supervised levels, counted from 1")
         self.levels = [level - 1 for level in chosen]
