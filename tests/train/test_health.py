@@ -35,8 +35,8 @@ class Poison:
         self.updates: list[int] = []
         forward, update = JEPA.forward, Trainer._update
 
-        def poisoned(objective: JEPA, micro_batch: MicroBatch, step: int) -> Result:
-            result = forward(objective, micro_batch, step)
+        def poisoned(objective: JEPA, micro_batch: MicroBatch, step: int, *rest: Any) -> Result:
+            result = forward(objective, micro_batch, step, *rest)
             data_step = micro_batch["video"].step
             self.seen.append((step, data_step))
             loss = result.loss * factors.get(data_step, 1.0)
@@ -209,9 +209,9 @@ def test_the_batch_that_was_kept_is_the_one_that_was_seen(
     seen: list[MicroBatch] = []
     forward = JEPA.forward
 
-    def look(objective: JEPA, micro_batch: MicroBatch, step: int) -> Result:
+    def look(objective: JEPA, micro_batch: MicroBatch, step: int, *rest: Any) -> Result:
         seen.append(micro_batch)
-        return forward(objective, micro_batch, step)
+        return forward(objective, micro_batch, step, *rest)
 
     monkeypatch.setattr(JEPA, "forward", look)
     debug_run(tmp_path / "sound", "train.steps=7")

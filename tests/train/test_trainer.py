@@ -240,11 +240,11 @@ def test_features_that_are_not_finite_stop_a_step_with_diagnostics_by_name(
 ) -> None:
     forward = JEPA.forward
 
-    def poisoned(self: JEPA, micro_batch: Any, step: int) -> Any:
+    def poisoned(self: JEPA, micro_batch: Any, step: int, *rest: Any) -> Any:
         if step == 9:
             with torch.no_grad():
                 next(self.exported.parameters()).fill_(float("nan"))
-        return forward(self, micro_batch, step)
+        return forward(self, micro_batch, step, *rest)
 
     monkeypatch.setattr(JEPA, "forward", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 10: .*not finite.*debug/"):
