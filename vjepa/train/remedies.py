@@ -11,8 +11,8 @@ PLAIN_TERMS = {"masked_prediction", "context_prediction"}  # alone with an onlin
 EMA = "lower train.optim.lr.peak or raise objective.momentum (0.99 to 0.9995 are known to learn)"
 SIGREG = "raise objective.terms.sigreg.weight (0.01 to 0.2 is usual; with scale=n it acts as weight x global samples)"
 COVER = (
-    "its embedding.levels must cover this level; statistics behind a projector's batch normalisation, or of clips' means, "
-    "may look well while tokens are constant: embedding.projector=null with pool=place"
+    "its embedding.levels must cover this level; statistics of clips' means, or behind a projector's batch "
+    "normalisation, may look well while tokens are constant: try embedding.projector=null and pool=place"
 )
 POOL = "embedding.pool=place asks clips apart at each place; pooled over tokens, variance over places is enough"
 OUTWEIGHS = "the statistics may outweigh the prediction: lower objective.terms"
