@@ -188,17 +188,17 @@ def test_a_run_that_is_to_stop_stops_and_goes_on_when_told_to(debug_run: DebugRu
     assert [found["step"] for found in rows(tmp_path / "run")] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("every", [5, 1])
+@pytest.mark.parametrize(("also", "collapsed_steps"), [("null", [15]), ("11", [11, 15])])
 def test_a_roll_back_goes_behind_the_first_evaluation_that_broke_a_rule(
-    debug_run: DebugRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+    debug_run: DebugRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, also: str, collapsed_steps: list[int]
 ) -> None:
     """Broken at 12 and 16. The checkpoint of 11 steps holds the weights that were measured at 12: it is none."""
     poison = Poison(monkeypatch, {})
     with collapsed(1, range(11, 16)), noted_alarms() as found:
-        run = debug_run(tmp_path / "run", *EARLY, ROLL_BACK, f"train.checkpoint.every={every}")
+        run = debug_run(tmp_path / "run", *EARLY, ROLL_BACK, f"train.checkpoint.milestone_every={also}")
     assert set(named(found)) == {16}
     aside = sorted(path.name for path in (run / "checkpoints").glob("*.collapsed"))
-    assert aside == [f"step_{step:08d}.collapsed" for step in range(11, 16) if step % every == 0]
+    assert aside == [f"step_{step:08d}.collapsed" for step in collapsed_steps]
     final = dict(poison.seen)
     assert [final[step] for step in range(20)] == [*range(10), *range(16, 26)]
     assert [found["step"] for found in rows(run)] == list(range(1, 21))
