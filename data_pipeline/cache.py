@@ -16,8 +16,9 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import Semaphore
 from pathlib import Path
 
 from data_pipeline.counters import Counters
@@ -56,6 +57,10 @@ class RecordCache:
         self._max_bytes = max_bytes
         self._share = 1.0
         self._rest_until = 0.0
+        self._warning = Semaphore(1)  # a warning that forked workers share
+
+    def __reduce__(self) -> tuple[Callable[..., "RecordCache"], tuple[object, ...]]:
+        return _restored, (self._folder, self._max_bytes, self._share)
 
     def expect(self, total_bytes: int) -> None:
         """Say how many bytes of records will be read again and again, so that the share that fits is known."""
@@ -137,12 +142,15 @@ class RecordCache:
 
     def _clear(self, most: int) -> int:
         """Remove what dead writers left, then the files used least lately until `most` bytes are left; those left."""
-        for part in (self._folder / "parts").iterdir():
+        parts = self._folder / "parts"
+        for part in parts.iterdir():
             _remove_orphan(part)
         files: list[tuple[float, int, str]] = []
-        for folder in os.scandir(self._folder):
-            if folder.is_dir():
-                files += [(entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder)]
+        folders = [entry.path for entry in os.scandir(self._folder) if entry.is_dir() and entry.name != parts.name]
+        for folder in (str(parts), *folders):  # a part that becomes a record meanwhile counts twice, never not at all
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         held = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if held <= most:
@@ -157,10 +165,16 @@ class RecordCache:
         return self._folder / sha256[:2] / sha256
 
     def _refused(self, error: OSError, counters: Counters) -> None:
-        first = not counters.total()["cache_failures"]
         counters.add(cache_failures=1)
-        if first:
+        if self._warning.acquire(block=False):
             log.warning("cache %s: %s; reading goes on without it", self._folder, error.strerror or error)
+
+
+def _restored(folder: Path, max_bytes: int, share: float) -> RecordCache:
+    """A cache that was pickled: a semaphore passes only through a fork."""
+    cache = RecordCache(folder, max_bytes)
+    cache._share = share
+    return cache
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -91,6 +91,8 @@ class Web:
         if status not in (200, 206):
             raise _refusal(response)
         total = size
+        if first is None and "Content-Length" not in response.headers and "Transfer-Encoding" not in response.headers:
+            raise Transient("an answer without its length")  # cut in its head: where it ends would be anybody's guess
         if first is not None:
             begin, end, total = _content_range(response)
             if begin != first:
@@ -151,7 +153,7 @@ def _content_range(response: "urllib3.BaseHTTPResponse") -> tuple[int, int, int]
     text = response.headers.get("Content-Range", "")
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", text)
     if not found:
-        raise Permanent(f"a part without its place (Content-Range: {text!r})", "use a server that answers byte ranges")
+        raise Transient(f"an answer without the place of its bytes (Content-Range: {text!r})")  # or cut in its head
     return int(found[1]), int(found[2]), int(found[3])
 
 

@@ -27,7 +27,7 @@ http {{
   client_body_temp_path {scratch}; proxy_temp_path {scratch}; fastcgi_temp_path {scratch};
   uwsgi_temp_path {scratch}; scgi_temp_path {scratch};
   server {{
-    listen 127.0.0.1:{port}; {tls}
+    listen {listen}; {tls}
     root {root};
     location /secret/ {{ auth_basic "s"; auth_basic_user_file {scratch}/users; alias {root}/; }}
     location /forbidden/ {{ return 403; }}
@@ -54,9 +54,11 @@ def nginx(root: Path, scratch: Path, certificate: Path | None = None) -> Iterato
     for _ in range(5):
         with socket.create_server(("127.0.0.1", 0)) as chosen:
             port = chosen.getsockname()[1]
-        tls = f"ssl_certificate {certificate}; ssl_certificate_key {certificate.with_suffix('.key')};" if certificate else ""
-        config = NGINX.format(scratch=scratch, root=root, port=port, tls=tls)
-        config = config.replace(f":{port};", f":{port} ssl;") if certificate else config
+        listen, tls = f"127.0.0.1:{port}", ""
+        if certificate:
+            listen += " ssl"
+            tls = f"ssl_certificate {certificate}; ssl_certificate_key {certificate.with_suffix('.key')};"
+        config = NGINX.format(scratch=scratch, root=root, listen=listen, tls=tls)
         (scratch / "nginx.conf").write_text(config)
         process = subprocess.Popen([program, "-p", str(scratch), "-c", str(scratch / "nginx.conf")])
         if _answers(port, process):
@@ -114,9 +116,11 @@ def too_many(answer: bytes, send: Callable[[bytes], None]) -> None:
 
 
 def trickle(answer: bytes, send: Callable[[bytes], None]) -> None:
-    """An answer of a few bytes a second."""
+    """A body of a few bytes a second."""
+    start = answer.index(b"\r\n\r\n") + 4
+    send(answer[:start])
     for i in range(60):
-        send(answer[8 * i : 8 * i + 8])
+        send(answer[start + 8 * i : start + 8 * i + 8])
         time.sleep(0.05)
 
 
