@@ -155,7 +155,7 @@ class RecordCache:
         for _, size, path in sorted(files):
             if held <= most:
                 break
-            if "/parts/" not in path:
+            if Path(path).parent != parts:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 held -= size

@@ -19,11 +19,12 @@ def _require(holds: bool, name: str, value: object, rule: str) -> None:
 
 @dataclass
 class SourceConfig:
-    """One shard folder and its share of a mixture."""
+    """Where records come from, and their share of a mixture."""
 
     path: str
-    """Folder written by `python -m data_pipeline.prepare.ingest`, or its manifest.json; a local path, or
-    `http(s)://HOST/FOLDER`, `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`."""
+    """A folder written by `python -m data_pipeline.prepare.ingest` (or its manifest.json): a local path,
+    `http(s)://HOST/FOLDER`, `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`. Or, for small sets, a local folder of media
+    files (Hugging Face's VideoFolder layout among them) or a list with one `PATH LABEL` a line."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources of the same modality."""
 

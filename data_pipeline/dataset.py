@@ -17,7 +17,8 @@ from data_pipeline.counters import Counters
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
 from data_pipeline.plan import Place, Plan, Source, hash64
 from data_pipeline.sample import BadSample, Sample
-from data_pipeline.shards import RecordError, Shards
+from data_pipeline.shards import RecordError
+from data_pipeline.sources import Records, open_source
 from data_pipeline.transforms import make_view
 
 _PRIVATE = {"ext", "offset", "size", "sha256", "shard", "key", "modality"}  # of an index row, not of a sample
@@ -33,7 +34,7 @@ class _Modality:
 
     clip: ClipConfig
     names: list[str] = field(default_factory=list)
-    shards: list[Shards] = field(default_factory=list)
+    shards: list[Records] = field(default_factory=list)
 
     @classmethod
     def open(cls, modality: str, config: DataConfig, cache: RecordCache | None) -> "_Modality":
@@ -42,7 +43,9 @@ class _Modality:
         for name, source in part.sources.items():
             counters = Counters(config.workers)
             opened.names.append(name)
-            opened.shards.append(Shards(source.path, modality, remote=config.remote, cache=cache, counters=counters))
+            opened.shards.append(
+                open_source(source.path, modality, remote=config.remote, cache=cache, counters=counters)
+            )
         return opened
 
 
@@ -84,12 +87,17 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         }
 
     def info(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """`{modality: {source: {samples, bytes, share}}}`, for the log."""
+        """`{modality: {source: {samples, bytes, share, fingerprint}}}`, for the log."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for modality, opened in self._opened.items():
             total = sum(source.weight for source in self.plans[modality].sources)
             found[modality] = {
-                source.name: {"samples": len(shards), "bytes": shards.total_bytes, "share": source.weight / total}
+                source.name: {
+                    "samples": len(shards),
+                    "bytes": shards.total_bytes,
+                    "share": source.weight / total,
+                    "fingerprint": shards.fingerprint,
+                }
                 for source, shards in zip(self.plans[modality].sources, opened.shards, strict=True)
             }
         return found

@@ -6,6 +6,7 @@ objects. Local files are read with pread, which is safe after a fork.
 """
 
 import base64
+import hashlib
 import json
 import time
 import zlib
@@ -83,6 +84,11 @@ class Shards:
     def total_bytes(self) -> int:
         """Size of the tars, in bytes."""
         return sum(entry["bytes"] for entry in self._entries)
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the records and their order: a sum of the sums of the indices."""
+        return hashlib.sha256("".join(entry["index_sha256"] for entry in self._entries).encode()).hexdigest()
 
     def row(self, index: int) -> dict[str, Any]:
         """A record's index row (key, ext, offset, size, sha256, frames, fps, ...), plus `shard`, its tar's name."""
