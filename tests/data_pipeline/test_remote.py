@@ -33,7 +33,9 @@ from servers import (
     truncate,
 )
 from test_loader import config, content, corrupted, digest, stream
+from torch.utils.data import DataLoader
 
+from data_pipeline.cache import CacheConfig
 from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.dataset import BadDataError, ClipDataset
 from data_pipeline.loader import build_loader
@@ -43,7 +45,15 @@ from data_pipeline.shards import RecordError, RemoteError, ShardError, Shards, m
 
 QUICK = RemoteConfig(timeout=0.4, backoff=0.01, slowest=1.0, attempts=4)
 FAULTS = [reset, reset_at_once, truncate, busy, too_many, trickle, silent, flip]
-LASTING = [fault for fault in FAULTS if fault is not flip]
+LASTING = [
+    (reset, "Connection reset by peer"),
+    (reset_at_once, "Connection reset by peer"),
+    (truncate, "7 more expected"),
+    (busy, "HTTP 503"),
+    (too_many, "HTTP 429"),
+    (trickle, "too slow"),
+    (silent, "Read timed out"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +205,12 @@ def test_a_stream_through_a_hail_of_faults_is_exact(shards: Path, faulty: Faulty
     assert counted["wait_seconds"] > 0
 
 
-@pytest.mark.parametrize("fault", LASTING)
-def test_a_fault_that_lasts_stops_with_the_address_and_never_swaps_the_sample(faulty: Faulty, fault: Fault):
+@pytest.mark.parametrize(("fault", "reason"), LASTING)
+def test_a_fault_that_lasts_stops_by_name_and_never_swaps_the_sample(faulty: Faulty, fault: Fault, reason: str):
     dataset = ClipDataset(at(faulty.url, remote=dataclasses.replace(faulty.policy, attempts=2)), seed=0)
     faulty.inject(always=fault)
-    with pytest.raises(RemoteError, match=r"video-000000\.tar: not to be had in 2 attempts over .* resume the run"):
+    message = rf"video-000000\.tar: not to be had in 2 attempts over .*{reason}.* resume the run"
+    with pytest.raises(RemoteError, match=message):
         dataset.sample("video", 0)
     assert len(faulty.proxy.requests) == 2
     assert all("video-000000.tar" in line for line in faulty.proxy.requests)
@@ -360,6 +371,17 @@ def test_a_forked_and_a_pickled_folder_read_on(shards: Path, web: str):
     assert opened.read(3) == expected
     with pytest.raises(ShardError, match="not on this machine"):
         _ = opened.folder
+
+
+def test_a_worker_that_was_not_forked_reads_the_same_and_its_counts_are_seen(shards: Path, web: str, tmp_path: Path):
+    requests = [{"video": range(4)}, {"video": range(4, 8)}]
+    settings = at(f"{web}/shards", 1, cache=CacheConfig(str(tmp_path), 1.0))
+    dataset, local = ClipDataset(settings, seed=5), ClipDataset(config(shards), seed=5)
+    loader = DataLoader(dataset, batch_size=None, sampler=requests, num_workers=1, multiprocessing_context="forkserver")
+    found = [content(item["video"]) for item in loader]
+    assert found == [content(local[request]["video"]) for request in requests]
+    counted = dataset.counters()["video"]["debug"]
+    assert (counted["records"], counted["cache_misses"]) == (8, 8)
 
 
 def test_records_of_a_micro_batch_are_fetched_together(web: str):
