@@ -68,6 +68,24 @@ install_ffmpeg() {
     say "MISSING ffmpeg, which could not be installed from here (apt as root is needed) -> see the next line"
 }
 
+# For the tests of remote sources. Unpacked, not installed: installing it would start a web server on port 80.
+install_nginx() {
+    [ -x "$venv/nginx/nginx" ] || [ -x /usr/sbin/nginx ] || command -v nginx >/dev/null && return
+    local work package
+    work=$(mktemp -d)
+    if command -v apt-get >/dev/null; then
+        say "nginx for the tests, unpacked into $venv/nginx"
+        as_root apt-get update >/dev/null 2>&1 || true
+        for package in nginx nginx-core nginx-light; do
+            (cd "$work" && apt-get download "$package" && dpkg -x "$package"_*.deb .) >/dev/null 2>&1 || true
+            "$work/usr/sbin/nginx" -v >/dev/null 2>&1 || continue
+            mkdir -p "$venv/nginx" && cp "$work/usr/sbin/nginx" "$venv/nginx/nginx" && rm -r "$work" && return
+        done
+    fi
+    rm -r "$work"
+    say "MISSING nginx, which could not be had from here -> the tests that read shards over HTTP are skipped"
+}
+
 check_decoder() {
     local why
     why=$("$venv/bin/python" -c 'import torchcodec.decoders' 2>&1) && return
@@ -87,6 +105,7 @@ make_venv
 rm -f "$venv"/.setup-*
 install_packages
 install_ffmpeg
+install_nginx
 check_decoder
 check_pyright
 touch "$stamp"

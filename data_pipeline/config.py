@@ -4,6 +4,10 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from data_pipeline.cache import CacheConfig
+from data_pipeline.folders import scheme
+from data_pipeline.retries import RemoteConfig
+
 Backend = Literal["auto", "torchcodec", "pyav"]
 ViewTimes = Literal["shared", "own"]
 
@@ -16,10 +20,12 @@ def _require(holds: bool, name: str, value: object, rule: str) -> None:
 
 @dataclass
 class SourceConfig:
-    """One shard folder and its share of a mixture."""
+    """Where records come from, and their share of a mixture."""
 
     path: str
-    """Folder written by `python -m data_pipeline.prepare.ingest`, or its manifest.json."""
+    """A folder written by `python -m data_pipeline.prepare.ingest` (or its manifest.json): a local path,
+    `http(s)://HOST/FOLDER`, `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`. Or, for small sets, a local folder of media
+    files (Hugging Face's VideoFolder layout among them) or a list with one `PATH LABEL` a line."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources of the same modality."""
 
@@ -150,6 +156,10 @@ class DataConfig:
     """Largest frame that is decoded, height x width; a larger one is a bad sample."""
     verify_bytes: bool = True
     """Compare each record with the sha256 in the index; a difference is a bad sample (about 1 ms per MB)."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    """Time-outs, retries and parallelism of sources behind HTTP and S3."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Local cache of those sources; off without a folder."""
 
     def __post_init__(self) -> None:
         _require(self.decoder in ("auto", "torchcodec", "pyav"), "decoder", self.decoder, "auto, torchcodec or pyav")
@@ -163,8 +173,18 @@ class DataConfig:
         _require(frames == 1, "image.clip.frames", frames, "an image has 1 frame; use `video` for clips")
         times = self.image.clip.view_times
         _require(times == "shared", "image.clip.view_times", times, "an image has one time, which its views share")
+        longest = self.remote.give_up + self.remote.timeout
+        _require(
+            not self.worker_timeout or not self.workers or longest < self.worker_timeout or not self._any_remote(),
+            "worker_timeout",
+            self.worker_timeout,
+            f"must exceed remote.give_up + remote.timeout = {longest:g} s, or a dead server looks like a hung worker",
+        )
 
     def modalities(self) -> dict[str, ModalityConfig]:
         """The modalities that have sources, video first."""
         pairs = {"video": self.video, "image": self.image}
         return {name: config for name, config in pairs.items() if config.sources}
+
+    def _any_remote(self) -> bool:
+        return any(scheme(source.path) for part in self.modalities().values() for source in part.sources.values())

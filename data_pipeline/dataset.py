@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from data_pipeline.cache import RecordCache
 from data_pipeline.clips import random_view_times
-from data_pipeline.config import Backend, ClipConfig, DataConfig, ModalityConfig
+from data_pipeline.config import Backend, ClipConfig, DataConfig
+from data_pipeline.counters import Counters
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
 from data_pipeline.plan import Place, Plan, Source, hash64
 from data_pipeline.sample import BadSample, Sample
-from data_pipeline.shards import RecordError, Shards
+from data_pipeline.shards import RecordError
+from data_pipeline.sources import Records, open_source
 from data_pipeline.transforms import make_view
 
 _PRIVATE = {"ext", "offset", "size", "sha256", "shard", "key", "modality"}  # of an index row, not of a sample
@@ -32,14 +35,18 @@ class _Modality:
     clip: ClipConfig
     crops: tuple[ClipConfig, ...]
     names: list[str] = field(default_factory=list)
-    shards: list[Shards] = field(default_factory=list)
+    shards: list[Records] = field(default_factory=list)
 
     @classmethod
-    def open(cls, modality: str, config: ModalityConfig) -> "_Modality":
-        opened = cls(config.clip, config.clip.crops())
-        for name, source in config.sources.items():
+    def open(cls, modality: str, config: DataConfig, cache: RecordCache | None) -> "_Modality":
+        part = config.modalities()[modality]
+        opened = cls(part.clip, part.clip.crops())
+        for name, source in part.sources.items():
+            counters = Counters(config.workers)
             opened.names.append(name)
-            opened.shards.append(Shards(source.path, modality))
+            opened.shards.append(
+                open_source(source.path, modality, remote=config.remote, cache=cache, counters=counters)
+            )
         return opened
 
 
@@ -55,8 +62,9 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         self.backend: Backend = choose_backend(config.decoder) if config.video.sources else config.decoder
         self._opened: dict[str, _Modality] = {}
         self.plans: dict[str, Plan] = {}
+        cache = RecordCache(config.cache.dir, int(config.cache.max_gb * 1e9)) if config.cache.dir else None
         for modality, part in config.modalities().items():
-            opened = _Modality.open(modality, part)
+            opened = _Modality.open(modality, config, cache)
             sizes = [len(shards) for shards in opened.shards]
             weights = [source.weight for source in part.sources.values()]
             for name, size in zip(opened.names, sizes, strict=True):
@@ -67,23 +75,43 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
                     )
             self._opened[modality] = opened
             self.plans[modality] = Plan(seed, list(map(Source, opened.names, sizes, weights)))
+        if cache:
+            shards = [each for opened in self._opened.values() for each in opened.shards]
+            cache.expect(sum(each.total_bytes for each in shards if each.is_remote))
 
     def __getitem__(self, request: dict[str, range]) -> dict[str, list[Sample]]:
         """The samples of a micro-batch, every modality's in the order of its ordinals."""
+        for modality, ordinals in request.items():
+            self._read_ahead(modality, ordinals)
         return {
             modality: [self.sample(modality, ordinal) for ordinal in ordinals] for modality, ordinals in request.items()
         }
 
     def info(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """`{modality: {source: {samples, bytes, share}}}`, for the log."""
+        """`{modality: {source: {samples, bytes, share, fingerprint}}}`, for the log."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for modality, opened in self._opened.items():
             total = sum(source.weight for source in self.plans[modality].sources)
             found[modality] = {
-                source.name: {"samples": len(shards), "bytes": shards.total_bytes, "share": source.weight / total}
+                source.name: {
+                    "samples": len(shards),
+                    "bytes": shards.total_bytes,
+                    "share": source.weight / total,
+                    "fingerprint": shards.fingerprint,
+                }
                 for source, shards in zip(self.plans[modality].sources, opened.shards, strict=True)
             }
         return found
+
+    def counters(self) -> dict[str, dict[str, dict[str, float]]]:
+        """`{modality: {source: {records, wait_seconds, requests, ...}}}`: what reading has cost (see `counters.py`).
+
+        Sums since the dataset was made, over this process and all workers; cheap enough for every step.
+        """
+        return {
+            modality: {name: shards.counters.total() for name, shards in zip(opened.names, opened.shards, strict=True)}
+            for modality, opened in self._opened.items()
+        }
 
     def sample(self, modality: str, ordinal: int) -> Sample:
         """The sample at this place of the modality's global order.
@@ -102,6 +130,14 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
             f"{modality} ordinal {ordinal}: {len(rejected)} records in a row are bad ({tried}). "
             "Check the shards' disk and ingest again; bad_attempts sets how many are tried"
         )
+
+    def _read_ahead(self, modality: str, ordinals: range) -> None:
+        """Let sources behind a network fetch a micro-batch's records at once, while the first are decoded."""
+        shards = self._opened[modality].shards
+        if any(each.is_remote for each in shards):
+            places = [self.plans[modality].locate(ordinal) for ordinal in ordinals]
+            for source, each in enumerate(shards):
+                each.read_ahead([place.index for place in places if place.source == source])
 
     def _load(self, modality: str, ordinal: int, attempt: int, place: Place, rejected: tuple[BadSample, ...]) -> Sample:
         opened, config = self._opened[modality], self.config

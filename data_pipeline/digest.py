@@ -12,7 +12,7 @@ from typing import Any
 from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.loader import build_loader
 from data_pipeline.sample import Sample
-from data_pipeline.shards import modalities
+from data_pipeline.sources import source_modalities
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _digest(options: argparse.Namespace) -> None:
-    held = modalities(options.shards)
+    held = source_modalities(options.shards)
     if not held:
         raise ValueError(f"{options.shards}: the manifest lists no shards; ingest something")
     modality = options.modality or held[0]
@@ -69,7 +69,7 @@ def _row(samples: list[Sample]) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.loader", description=__doc__)
     digest = parser.add_subparsers(required=True, metavar="digest").add_parser("digest", help="print the samples' sums")
-    digest.add_argument("shards", help="shard folder")
+    digest.add_argument("shards", help="shard folder or address, folder of media files, or list of their paths")
     digest.add_argument("--seed", type=int, default=0)
     digest.add_argument("--batch", type=int, required=True, help="GLOBAL batch size")
     digest.add_argument("--world", type=int, default=1)

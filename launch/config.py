@@ -33,6 +33,8 @@ FREE_ON_RESUME = (
     "data.prefetch",
     "data.worker_timeout",
     "data.max_bad_fraction",
+    "data.remote",
+    "data.cache",
     "data.*.sources.*.path",  # shards may move; their names stay
     "train.device",
     "train.micro_batch",

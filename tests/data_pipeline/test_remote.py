@@ -1,0 +1,459 @@
+"""Claims: shards over HTTP and from S3 give the same stream as a local folder, or stop with a clear error."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from servers import (
+    Fault,
+    Proxy,
+    busy,
+    faulty_proxy,
+    find_nginx,
+    flip,
+    nginx,
+    reset,
+    reset_at_once,
+    silent,
+    too_many,
+    trickle,
+    truncate,
+)
+from test_loader import config, content, corrupted, digest, stream
+from torch.utils.data import DataLoader
+
+from data_pipeline.cache import CacheConfig
+from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
+from data_pipeline.dataset import BadDataError, ClipDataset
+from data_pipeline.loader import build_loader
+from data_pipeline.retries import RemoteConfig
+from data_pipeline.s3 import _signer
+from data_pipeline.shards import RecordError, RemoteError, ShardError, Shards, modalities
+
+QUICK = RemoteConfig(timeout=0.4, backoff=0.01, slowest=1.0, attempts=4)
+FAULTS = [reset, reset_at_once, truncate, busy, too_many, trickle, silent, flip]
+LASTING = [
+    (reset, "Connection reset by peer"),
+    (reset_at_once, "Connection reset by peer"),
+    (truncate, "7 more expected"),
+    (busy, "HTTP 503"),
+    (too_many, "HTTP 429"),
+    (trickle, "too slow"),
+    (silent, "Read timed out"),
+]
+
+
+@pytest.fixture(scope="module")
+def root(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the web server serves: `shards`, and what tests add."""
+    folder = tmp_path_factory.mktemp("www")
+    shutil.copytree(shards, folder / "shards")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def web(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real nginx."""
+    if find_nginx() is None:
+        pytest.skip("there is no nginx (`make setup` gets it from apt): nothing can be read over HTTP")
+    with nginx(root, tmp_path_factory.mktemp("nginx")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def store(root: Path) -> Iterator[str]:
+    """The address of moto's S3, with the shards under s3://clips/some/prefix."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    with contextlib.redirect_stderr(io.StringIO()):
+        server.start()
+        host, port = server.get_host_and_port()
+        url = f"http://{host}:{port}"
+        keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+        client = boto3.client("s3", endpoint_url=url, **keys)
+        client.create_bucket(Bucket="clips")
+        for path in (root / "shards").iterdir():
+            client.put_object(Bucket="clips", Key=f"some/prefix/{path.name}", Body=path.read_bytes())
+        client.close()
+        yield url
+        server.stop()
+
+
+@pytest.fixture
+def aws(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The environment with which AWS tools find that store."""
+    _signer.cache_clear()  # it has read the environment of before
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("ENDPOINT_URL_S3", store)):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield
+    _signer.cache_clear()
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+@dataclasses.dataclass
+class Faulty:
+    """The shards behind a proxy, and how they are to be read."""
+
+    url: str
+    proxy: Proxy
+    policy: RemoteConfig
+
+    def inject(self, *faults: Fault | None, always: Fault | None = None) -> None:
+        self.proxy.inject(*faults, always=always)
+
+
+@pytest.fixture(scope="module", params=["http", "s3"])
+def proxied(request: pytest.FixtureRequest) -> Iterator[Faulty]:
+    """The same shards on each kind of store, behind a proxy."""
+    kind = request.param
+    upstream = request.getfixturevalue("web" if kind == "http" else "store")
+    with faulty_proxy(("127.0.0.1", port_of(upstream))) as proxy:
+        here = f"http://127.0.0.1:{proxy.port}"
+        url = f"{here}/shards" if kind == "http" else "s3://clips/some/prefix"
+        yield Faulty(url, proxy, dataclasses.replace(QUICK, endpoint=here))
+
+
+@pytest.fixture
+def faulty(proxied: Faulty, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """`proxied`, without a fault yet."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    proxied.inject()
+    yield proxied
+    proxied.inject()
+
+
+def at(url: str, workers: int = 0, remote: RemoteConfig = QUICK, **values: object) -> DataConfig:
+    """`config` with the two sources at an address."""
+    source = {"debug": SourceConfig(url)}
+    plain = config(Path("unused"), workers)
+    video, image = (dataclasses.replace(part, sources=dict(source)) for part in (plain.video, plain.image))
+    return dataclasses.replace(plain, video=video, image=image, remote=remote, **values)
+
+
+def test_digest_is_the_same_locally_over_http_and_from_s3(
+    shards: Path, web: str, aws: None, capsys: pytest.CaptureFixture[str]
+):
+    whole = digest(shards, capsys)
+    for url, workers in ((f"{web}/shards", 0), (f"{web}/shards/manifest.json", 2), ("s3://clips/some/prefix", 2)):
+        assert modalities(url) == ["video", "image"]
+        assert digest(url, capsys, workers=workers) == whole  # pyright: ignore[reportArgumentType]
+
+
+def test_a_mixture_of_a_local_and_a_remote_source_is_that_of_two_local_ones(shards: Path, web: str):
+    def items(url: str) -> list[tuple[int, str, bytes]]:
+        sources = {"here": SourceConfig(str(shards), 2.0), "there": SourceConfig(url)}
+        part = ModalityConfig(sources, ClipConfig(frames=1, size=8))
+        built = build_loader(DataConfig(image=part, workers=0), seed=3, batch={"image": 5}, stop_step=3)
+        return [each for item in built for each in content(item["image"])]
+
+    assert items(f"{web}/shards") == items(str(shards))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_a_repetition_and_no_bit(shards: Path, faulty: Faulty, fault: Fault):
+    opened, local = Shards(faulty.url, "video", remote=faulty.policy), Shards(shards, "video")
+    faulty.inject(fault)
+    assert opened.read(3) == local.read(3)
+    assert len(faulty.proxy.requests) == 2
+    counted = opened.counters.total()
+    assert counted["retries"] + counted["rereads"] == 1
+
+
+def test_faults_while_opening_cost_repetitions(faulty: Faulty):
+    faulty.inject(reset, truncate, busy, None, too_many, None, flip)  # the manifest, a tar's size, its index
+    opened = Shards(faulty.url, "video", remote=faulty.policy)
+    assert len(opened) == 10
+    counted = opened.counters.total()
+    assert (counted["requests"], counted["retries"], counted["rereads"]) == (8, 4, 1)
+
+
+def test_a_stream_through_a_hail_of_faults_is_exact(shards: Path, faulty: Faulty):
+    chance = random.Random(0)
+    hail = [chance.choice(FAULTS[:5]) if chance.random() < 0.4 else None for _ in range(400)]
+    built = build_loader(
+        at(faulty.url, 2, dataclasses.replace(faulty.policy, attempts=20)),
+        seed=1,
+        batch={"video": 6, "image": 12},
+        stop_step=4,
+    )
+    faulty.inject(*hail)
+    found = stream(built)
+    assert found == stream(build_loader(config(shards), seed=1, batch={"video": 6, "image": 12}, stop_step=4))
+    counted = built.dataset.counters()["video"]["debug"]
+    assert counted["retries"] > 5  # counted in the workers, seen here
+    assert counted["records"] == 24
+    assert counted["requests"] == 24 + 3 + counted["retries"]  # manifest, index and size
+    assert counted["wait_seconds"] > 0
+
+
+@pytest.mark.parametrize(("fault", "reason"), LASTING)
+def test_a_fault_that_lasts_stops_by_name_and_never_swaps_the_sample(faulty: Faulty, fault: Fault, reason: str):
+    dataset = ClipDataset(at(faulty.url, remote=dataclasses.replace(faulty.policy, attempts=2)), seed=0)
+    faulty.inject(always=fault)
+    message = rf"video-000000\.tar: not to be had in 2 attempts over .*{reason}.* resume the run"
+    with pytest.raises(RemoteError, match=message):
+        dataset.sample("video", 0)
+    assert len(faulty.proxy.requests) == 2
+    assert all("video-000000.tar" in line for line in faulty.proxy.requests)
+
+
+def test_a_fault_that_lasts_stops_a_run_with_workers_by_the_same_error(faulty: Faulty):
+    built = build_loader(at(faulty.url, 2, faulty.policy), seed=1, batch={"video": 6, "image": 6}, stop_step=50)
+    items = iter(built)
+    next(items)
+    faulty.inject(always=reset)
+    with pytest.raises(RemoteError, match="not to be had in 4 attempts"):
+        list(items)
+
+
+def test_the_time_for_all_attempts_is_limited(faulty: Faulty):
+    opened = Shards(
+        faulty.url, "video", remote=dataclasses.replace(faulty.policy, attempts=1000, give_up=0.5, longest_wait=0.1)
+    )
+    faulty.inject(always=busy)
+    started = time.monotonic()
+    with pytest.raises(RemoteError):
+        opened.read(0)
+    assert 0.3 < time.monotonic() - started < 3
+    assert 4 < len(faulty.proxy.requests) < 200
+
+
+def test_retry_after_is_obeyed_up_to_the_longest_wait(web: str):
+    def later(answer: bytes, send: object) -> None:
+        send(b"HTTP/1.1 503 Busy\r\nRetry-After: 3600\r\nContent-Length: 0\r\n\r\n")  # pyright: ignore
+
+    with faulty_proxy(("127.0.0.1", port_of(web))) as proxy:
+        policy = dataclasses.replace(QUICK, longest_wait=0.3)
+        opened = Shards(f"http://127.0.0.1:{proxy.port}/shards", "video", remote=policy)
+        proxy.inject(later)
+        started = time.monotonic()
+        opened.read(0)
+        assert 0.3 <= time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_corrupt_record_is_a_bad_sample_as_on_a_disk(shards: Path, root: Path, web: str, verify: bool):
+    folder, keys = corrupted(shards, root / f"bad-{verify}", {2, 7})
+    local = dataclasses.replace(config(folder), verify_bytes=verify)
+    there = at(f"{web}/{folder.name}", verify_bytes=verify)
+    runs = []
+    for settings in (local, there):
+        items = list(build_loader(settings, seed=1, batch={"video": 5, "image": 1}, stop_step=4))
+        bad = [(bad.ordinal, bad.key) for item in items for each in item["video"] for bad in each.rejected]
+        runs.append((stream(items), bad))
+    assert runs[0] == runs[1]
+    assert {key for _, key in runs[1][1]} == keys
+    with pytest.raises(RecordError, match="sha256"):
+        Shards(f"{web}/{folder.name}", "video").read(2)
+
+
+def test_too_many_corrupt_records_stop_the_run(shards: Path, root: Path, web: str):
+    corrupted(shards, root / "all-bad", set(range(10)))
+    with pytest.raises(BadDataError, match="3 records in a row"):
+        ClipDataset(at(f"{web}/all-bad", bad_attempts=2), seed=0).sample("video", 0)
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("nothing/there", r"nothing/there/manifest\.json: HTTP 404; no such file: check the address"),
+        ("forbidden/shards", r"forbidden/shards/manifest\.json: HTTP 403; access is refused: check the credentials"),
+        ("secret/shards", r"secret/shards/manifest\.json: HTTP 401; .*~/\.netrc"),
+        ("norange/shards", r"000000\.tar: the server ignores range requests .*use a server that knows them"),
+    ],
+)
+def test_what_will_not_get_better_is_said_at_once(web: str, folder: str, message: str):
+    started = time.monotonic()
+    with pytest.raises(ShardError, match=message) as caught:
+        Shards(f"{web}/{folder}", "video")
+    assert not isinstance(caught.value, RemoteError)
+    assert time.monotonic() - started < 1
+
+
+def test_redirects_are_followed_and_passwords_come_from_netrc(
+    shards: Path, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    expected = Shards(shards, "video").read(3)
+    assert Shards(f"{web}/moved/shards", "video").read(3) == expected
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password 'pass word'\n".replace("'", '"'))
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text((tmp_path / "netrc").read_text())
+    (tmp_path / ".netrc").chmod(0o600)
+    assert Shards(f"{web}/secret/shards", "video").read(3) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://me:secret@host/x", r"^http://host/x: passwords do not belong into an address"),
+        ("https://host/x?sig=1", r"must end in a folder"),
+        ("http:///x", r"no host|404|not to be had"),
+        ("hdfs://host/x", r"hdfs:// is not known; use a local path, http\(s\)://, s3:// or gs://"),
+    ],
+)
+def test_an_address_that_cannot_work_is_refused(url: str, message: str):
+    with pytest.raises(ShardError, match=message):
+        Shards(url, "video", remote=dataclasses.replace(QUICK, attempts=1))
+
+
+def test_a_file_that_is_missing_or_of_another_size_is_named_before_the_run(shards: Path, root: Path, web: str):
+    broken = Path(shutil.copytree(shards, root / "broken"))
+    tar, index = broken / "video-000000.tar", broken / "video-000000.index.jsonl"
+    for path in (tar, index):
+        path.chmod(0o644)
+    index.write_text(index.read_text().replace("video-", "wideo-"))
+    with pytest.raises(ShardError, match=r"index\.jsonl: differs from the sha256 in the manifest, twice; upload"):
+        Shards(f"{web}/broken", "video")
+    os.truncate(tar, 5000)
+    with pytest.raises(ShardError, match=r"video-000000\.tar: 5000 bytes, but the manifest says"):
+        Shards(f"{web}/broken", "video")
+    tar.unlink()
+    with pytest.raises(ShardError, match=r"video-000000\.tar: HTTP 404; no such file"):
+        Shards(f"{web}/broken", "video")
+
+
+def test_a_tar_replaced_during_the_run_is_an_error_not_a_bad_sample(shards: Path, root: Path, web: str):
+    folder = Path(shutil.copytree(shards, root / "replaced"))
+    tar = folder / "video-000000.tar"
+    tar.chmod(0o644)
+    opened = Shards(f"{web}/replaced", "video")
+    with tar.open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(ShardError, match="it was replaced while it is in use"):
+        opened.read(0)
+    os.truncate(tar, 5000)
+    with pytest.raises(ShardError, match=r"ends before byte \d+"):
+        opened.read(9)
+
+
+def test_a_view_over_another_folders_tars_is_read(shards: Path, root: Path, web: str):
+    view = root / "views" / "some"
+    view.mkdir(parents=True)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    for entry in manifest["shards"]:
+        shutil.copy(shards / entry["index"], view)
+        entry["name"] = f"../../shards/{entry['name']}"
+    (view / "manifest.json").write_text(json.dumps(manifest))
+    assert Shards(f"{web}/views/some", "video").read(3)[0] == Shards(shards, "video").read(3)[0]
+
+
+def test_a_forked_and_a_pickled_folder_read_on(shards: Path, web: str):
+    opened = Shards(f"{web}/shards", "video")
+    expected = Shards(shards, "video").read(3)
+    assert opened.read(3) == expected
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if opened.read(3) == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert pickle.loads(pickle.dumps(opened)).read(3) == expected
+    opened.close()
+    assert opened.read(3) == expected
+    with pytest.raises(ShardError, match="not on this machine"):
+        _ = opened.folder
+
+
+def test_a_worker_that_was_not_forked_reads_the_same_and_its_counts_are_seen(shards: Path, web: str, tmp_path: Path):
+    requests = [{"video": range(4)}, {"video": range(4, 8)}]
+    settings = at(f"{web}/shards", 1, cache=CacheConfig(str(tmp_path), 1.0))
+    dataset, local = ClipDataset(settings, seed=5), ClipDataset(config(shards), seed=5)
+    loader = DataLoader(dataset, batch_size=None, sampler=requests, num_workers=1, multiprocessing_context="forkserver")
+    found = [content(item["video"]) for item in loader]
+    assert found == [content(local[request]["video"]) for request in requests]
+    counted = dataset.counters()["video"]["debug"]
+    assert (counted["records"], counted["cache_misses"]) == (8, 8)
+
+
+def test_records_of_a_micro_batch_are_fetched_together(web: str):
+    def slow(answer: bytes, send: object) -> None:
+        time.sleep(0.2)
+        send(answer)  # pyright: ignore
+
+    with faulty_proxy(("127.0.0.1", port_of(web))) as proxy:
+        url = f"http://127.0.0.1:{proxy.port}/shards"
+        dataset = ClipDataset(at(url, remote=RemoteConfig(parallel=8)), seed=0)
+        proxy.inject(always=slow)
+        started = time.monotonic()
+        assert len(dataset[{"video": range(8)}]["video"]) == 8
+        assert time.monotonic() - started < 0.8  # one after the other: 1.6 s and more
+
+
+def test_without_credentials_the_ways_to_give_them_are_named(store: str, monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    _signer.cache_clear()
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(ShardError, match=r"s3://clips/.*manifest\.json: NoCredentialsError.*AWS_PROFILE.*anonymous"):
+        Shards("s3://clips/some/prefix", "video", remote=RemoteConfig(endpoint=store))
+
+
+def test_a_missing_bucket_or_prefix_is_named(aws: None):
+    with pytest.raises(ShardError, match=r"s3://no-such/x/manifest\.json: HTTP 404 NoSuchBucket"):
+        Shards("s3://no-such/x", "video")
+    with pytest.raises(ShardError, match=r"s3://clips/x/manifest\.json: HTTP 404 NoSuchKey"):
+        Shards("s3://clips/x", "video")
+
+
+@pytest.mark.parametrize(("url", "library"), [("http://h/x", "urllib3"), ("s3://b/x", "botocore")])
+def test_a_missing_library_is_named_with_the_command(url: str, library: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == library else SimpleNamespace())
+    with pytest.raises(ShardError, match=rf"{library} must be installed: pip install 'vjepa-pipeline\[remote\]'"):
+        Shards(url, "video")
+
+
+def test_over_tls_only_a_trusted_certificate_is_accepted(
+    shards: Path, root: Path, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    certificate = tmp_path / "server.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=127.0.0.1"
+    names = [
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-keyout",
+        str(tmp_path / "server.key"),
+        "-out",
+        str(certificate),
+    ]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    with nginx(root, tmp_path, certificate) as url:
+        with pytest.raises(ShardError, match=r"certificate.*set SSL_CERT_FILE") as caught:
+            Shards(f"{url}/shards", "video")
+        assert not isinstance(caught.value, RemoteError)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert Shards(f"{url}/shards", "video").read(3) == Shards(shards, "video").read(3)
+
+
+def test_waiting_for_a_dead_server_ends_before_the_workers_time_out():
+    with pytest.raises(ValueError, match=r"worker_timeout=100.*must exceed remote\.give_up \+ remote\.timeout = 260"):
+        at("http://h/x", 2, RemoteConfig(), worker_timeout=100.0)
+    at("/local", 2, RemoteConfig(), worker_timeout=100.0)
+
+
+def test_the_index_is_kept_on_disk_not_in_memory_and_leaves_nothing(
+    web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    opened = Shards(f"{web}/shards", "video")
+    assert list(tmp_path.iterdir()) == []
+    assert hashlib.sha256(opened.read(3)[0]).hexdigest() == opened.row(3)["sha256"]
