@@ -65,6 +65,7 @@ class Sweep:
     def arguments(self, values: Values, name: str) -> list[str]:
         """The overrides of one run: schedules, what the user asked for, what the sweep tries."""
         own = [f"run_dir={self.folder / name}", "report=false", "train.checkpoint.keep=1"]
+        own.append("train.alarms.on_collapse=warn")  # a run that collapses is judged, not failed
         return [*self.scaled, *own, *self.overrides, *(f"{key}={value}" for key, value in values.items())]
 
     def command(self, values: Values) -> str:
