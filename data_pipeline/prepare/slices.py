@@ -4,14 +4,16 @@ Each part is a folder of its own inside the output, `slice-000-of-008/`, made li
 belongs to the whole beside them; it can be done any number of times, and no bytes of a shard are moved.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.prepare.writer import check_output, new_folder
 from data_pipeline.shards import MANIFEST
 
 _FOLDER = re.compile(r"slice-(\d+)-of-(\d+)")
@@ -74,6 +76,18 @@ def check_parts(out: Path, part: Slice) -> None:
             )
         if not part.is_whole and path.suffix == ".tar":
             raise ValueError(f"--out {out}: holds the shards of an output without --shard; give another folder")
+
+
+@contextlib.contextmanager
+def output_folder(out: Path, part: Slice, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+    """A new folder to fill, and what it will be called at the end; ValueError where that may not be replaced."""
+    target = part.folder(out)
+    check_parts(out, part)
+    check_output(target, overwrite)
+    if not part.is_whole:
+        (out / MANIFEST).unlink(missing_ok=True)  # the set is not whole while a part of it is made again
+    with new_folder(target) as folder:
+        yield folder, target
 
 
 def write_atomically(path: Path, text: str) -> None:

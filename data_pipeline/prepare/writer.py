@@ -115,11 +115,12 @@ def _placed(tar: Path, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, An
                 yield head | {name: value for name, value in row.items() if name not in head}
 
 
-def write_manifest(folder: Path, entries: list[dict[str, Any]], notes: list[dict[str, Any]]) -> None:
-    """rejected.jsonl, then manifest.json: a folder with a manifest is complete."""
-    rejected = folder / REJECTED
-    rejected.write_text("".join(json.dumps(note) + "\n" for note in notes))
-    _sync(rejected)
+def write_manifest(folder: Path, entries: list[dict[str, Any]], notes: list[dict[str, Any]] | None = None) -> None:
+    """rejected.jsonl where there are notes, then manifest.json: a folder with a manifest is complete."""
+    if notes is not None:
+        rejected = folder / REJECTED
+        rejected.write_text("".join(json.dumps(note) + "\n" for note in notes))
+        _sync(rejected)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"schema": SCHEMA, "shards": entries}, indent=1) + "\n")
     _sync(manifest)
