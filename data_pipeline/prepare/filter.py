@@ -19,7 +19,7 @@ from data_pipeline.media import DecodeError
 from data_pipeline.prepare.command import add_common, run
 from data_pipeline.prepare.measures import Measures, measure_record
 from data_pipeline.prepare.pool import Lost
-from data_pipeline.prepare.records import Stored, manifest_sum, over_records
+from data_pipeline.prepare.records import Stored, count_records, manifest_sum, over_records, stored_records
 from data_pipeline.prepare.slices import join_lines, join_manifests, output_folder
 from data_pipeline.prepare.subset import write_subset
 from data_pipeline.prepare.writer import write_manifest
@@ -78,7 +78,8 @@ def filter_shards(
     counts: Counter[str] = Counter()
     with output_folder(Path(out), parsed.part, parsed.overwrite) as (folder, target):
         with (folder / REPORT).open("w") as report:
-            judged = over_records(partial(_judge, options=options), shards, parsed)
+            records, total = stored_records(shards, parsed.part), count_records(shards, parsed.part)
+            judged = over_records(partial(_judge, options=options), records, total, parsed)
             entries = write_subset(folder, target, _kept(judged, report, counts), copy=copy)
         (folder / MADE_BY).write_text(json.dumps(made_by | {"copy": copy}, indent=1) + "\n")
         write_manifest(folder, entries)

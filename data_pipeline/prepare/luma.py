@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator
-from fractions import Fraction
 
 import av.logging
 import numpy as np
@@ -42,7 +41,7 @@ def frames_of(data: bytes, timeline: Timeline, fps: float | None = None) -> Iter
 
 
 def frames_shown(data: bytes, shares: list[float]) -> Iterator[VideoFrame]:
-    """The frames shown at these shares of a video's length (rising, in [0, 1)); DecodeError at damage before the last."""
+    """The frames shown at these shares of a video's length (rising); DecodeError at damage before the last."""
     timeline = timeline_of(data)
     times = [share * timeline.duration for share in shares]
     shown: VideoFrame | None = None

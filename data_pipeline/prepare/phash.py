@@ -7,11 +7,17 @@ video: eight frames in the middles of eight equal parts. Of a still picture: 255
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
 
 from data_pipeline.prepare.luma import frames_shown, open_image, square_luma
 
 WORDS = {"video": 8, "image": 4}
 """64-bit words of a hash."""
+HASH_BITS = {
+    modality: np.array([bit for bit in range(64 * words) if bit % (64 if modality == "video" else 256)])
+    for modality, words in WORDS.items()
+}
+"""The bits that say something: all but the one of the mean brightness."""
 _SIDE = 32  # pixels of the picture that is transformed
 _FLAT = 4.0  # grey levels of standard deviation, below which a picture has nothing to go by but noise
 
@@ -19,7 +25,7 @@ _FLAT = 4.0  # grey levels of standard deviation, below which a picture has noth
 def record_hash(data: bytes, modality: str) -> tuple[np.ndarray, int]:
     """The hash, uint64 `[words]`, and which words say something, as bits; DecodeError for damaged bytes."""
     if modality == "image":
-        picture = np.asarray(open_image(data).convert("L").resize((_SIDE, _SIDE), box=None), np.uint8)
+        picture = np.asarray(open_image(data).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX))
         return frame_bits(picture, 16), 0b1111 if picture.std() > _FLAT else 0
     count = WORDS["video"]
     shares = [(2 * i + 1) / (2 * count) for i in range(count)]
@@ -37,7 +43,7 @@ def frame_bits(picture: np.ndarray, side: int) -> np.ndarray:
     low = (waves @ picture.astype(np.float32) @ waves.T).ravel()  # [side * side]
     bits = low > np.median(low[1:])
     bits[0] = False
-    return np.packbits(bits).view(np.uint64)
+    return np.packbits(bits, bitorder="little").view(np.uint64)
 
 
 @lru_cache

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,13 +55,11 @@ def count_records(shards: str | Path, part: Slice) -> int:
 
 
 def over_records(
-    work: Callable[[Stored], Result], shards: str | Path, parsed: argparse.Namespace
+    work: Callable[[Stored], Result], records: Iterable[Stored], total: int, parsed: argparse.Namespace
 ) -> Iterator[tuple[Stored, Result | Lost]]:
-    """`work` on every record of the part, by `parsed.jobs` processes; results in the order of the records."""
-    total, progress = count_records(shards, parsed.part), Progress("records", parsed.quiet)
-    for stored, result in in_order(
-        work, stored_records(shards, parsed.part), jobs=parsed.jobs, timeout=parsed.timeout
-    ):
+    """`work` on every record by `parsed.jobs` processes; results in the order of the records, progress on stderr."""
+    progress = Progress("records", parsed.quiet)
+    for stored, result in in_order(work, records, jobs=parsed.jobs, timeout=parsed.timeout):
         progress.step(total, bad=isinstance(result, Lost))
         yield stored, result
     progress.close()

@@ -47,8 +47,10 @@ def _seen_from(target: Path, tar: Path) -> str:
 
 def _copied(folder: Path, records: Iterable[Stored]) -> list[dict[str, Any]]:
     default = IngestOptions()
-    limits = {"shard_bytes": default.shard_bytes, "shard_count": default.shard_count}
-    series = {modality: SeriesWriter(folder, modality, **limits) for modality in ("video", "image")}
+    series = {
+        modality: SeriesWriter(folder, modality, shard_bytes=default.shard_bytes, shard_count=default.shard_count)
+        for modality in ("video", "image")
+    }
     try:
         for stored in records:
             meta = {name: value for name, value in stored.row.items() if name not in _OF_THE_INDEX}
