@@ -99,9 +99,12 @@ def _hash_records(shards: Path, folder: Path, parsed: argparse.Namespace) -> Non
             telling[stored.modality].append(says)
             if reason:
                 report.write(json.dumps({"key": stored.key, "modality": stored.modality, "reason": reason}) + "\n")
-    arrays = {f"{name}_hashes": np.array(rows, np.uint64).reshape(-1, WORDS[name]) for name, rows in hashes.items()}
     np.savez(
-        folder / _HASHES, **arrays, **{f"{name}_telling": np.array(rows, np.uint8) for name, rows in telling.items()}
+        folder / _HASHES,
+        video_hashes=np.array(hashes["video"], np.uint64).reshape(-1, WORDS["video"]),
+        video_telling=np.array(telling["video"], np.uint8),
+        image_hashes=np.array(hashes["image"], np.uint64).reshape(-1, WORDS["image"]),
+        image_telling=np.array(telling["image"], np.uint8),
     )
 
 
