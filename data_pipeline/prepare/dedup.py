@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import fcntl
 import json
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,60 +18,66 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.media import DecodeError
 from data_pipeline.prepare.command import add_common, run
-from data_pipeline.prepare.near import Group, keep_one_of_each, near_pairs, sign_bits
+from data_pipeline.prepare.features import feature_pairs, load_features
+from data_pipeline.prepare.near import Group, Pairs, keep_one_of_each, near_pairs
 from data_pipeline.prepare.phash import HASH_BITS, WORDS, distance, record_hash
 from data_pipeline.prepare.pool import Lost
-from data_pipeline.prepare.records import Stored, count_records, manifest_sum, over_records, stored_records
-from data_pipeline.prepare.slices import Slice, join_lines, output_folder, write_atomically
+from data_pipeline.prepare.records import DAMAGED, Stored, count_records, manifest_sum, over_records, stored_records
+from data_pipeline.prepare.slices import Slice, join_lines, make_part, same_in_all, was_made, write_atomically
 from data_pipeline.prepare.subset import write_subset
 from data_pipeline.prepare.writer import write_manifest
-from data_pipeline.shards import MANIFEST, RecordError, Shards, modalities
+from data_pipeline.shards import MANIFEST, Shards, modalities
 
 GROUPS, NOT_COMPARED, MADE_BY, _HASHES = "groups.jsonl", "not_compared.jsonl", "dedup.json", "hashes.npz"
 _FLAT = "most of its frames are flat: there is nothing to compare"
-Pairs = tuple[np.ndarray, np.ndarray]
-"""Near records, int64 `[pairs, 2]`, and their distances, `[pairs]`."""
 
 
-def dedup_by_hash(shards: Path, out: Path, limit: float, parsed: argparse.Namespace) -> dict[str, Any] | None:
+def dedup_by_hash(shards: Path, out: Path, limit: float, parsed: argparse.Namespace) -> dict[str, int] | None:
     """Hash this part's records; when all parts are there, group and write. Counts, or None for a part before the last.
 
     `limit` is the largest distance of duplicates, as a share of the hash's bits.
     """
     if not 0 <= limit < 0.5:
         raise ValueError(f"--limit {limit:g}: must be in [0, 0.5), for strangers differ in about half of their bits")
-    made_by = {"of": manifest_sum(shards), "by": "perceptual hash", "limit": limit}
-    pairs = partial(_hash_pairs, limit=limit)
-    if parsed.part.is_whole:
-        with output_folder(out, parsed.part, parsed.overwrite) as (folder, target):
-            _hash_records(shards, folder, parsed)
-            return _write(shards, folder, target, pairs([folder]), made_by, copy=parsed.copy)
-    with output_folder(out, parsed.part, parsed.overwrite) as (folder, _):
+    made_by = {"of": manifest_sum(shards), "by": "perceptual hash", "limit": limit, "copy": parsed.copy}
+
+    def fill(folder: Path, target: Path) -> list[dict[str, Any]]:
         _hash_records(shards, folder, parsed)
-        write_manifest(folder, [])  # complete, although it holds no samples of its own
+        if not parsed.part.is_whole:
+            return []  # a part holds hashes, and no samples of its own
+        return _write(shards, folder, target, _hash_pairs([folder], limit), copy=parsed.copy)
+
+    make_part(out, parsed.part, fill, name=MADE_BY, made_by=made_by, overwrite=parsed.overwrite)
     folders = parsed.part.siblings(out)
+    if not all((folder / MANIFEST).is_file() for folder in folders):
+        return None
     with _alone_in(out):
-        if (out / MANIFEST).is_file() or not all((part / MANIFEST).is_file() for part in folders):
-            return None
-        join_lines(out, folders, NOT_COMPARED)
-        return _write(shards, out, out, pairs(folders), made_by, copy=parsed.copy)
+        if not was_made(out, MADE_BY, made_by):
+            how = same_in_all(out, folders, MADE_BY)
+            join_lines(out, folders, NOT_COMPARED)
+            entries = _write(shards, out, out, _hash_pairs(folders, limit), copy=parsed.copy)
+            write_atomically(out / MADE_BY, how)
+            write_manifest(out, entries)
+    return _counts(shards, out)
 
 
-def dedup_by_features(shards: Path, out: Path, file: Path, cosine: float, parsed: argparse.Namespace) -> dict[str, Any]:
+def dedup_by_features(shards: Path, out: Path, file: Path, cosine: float, parsed: argparse.Namespace) -> dict[str, int]:
     """The same by vectors of the caller: `.npy` `[records, D]`, or `.npz` with `features` and their `keys`."""
     if not 0 < cosine <= 1:
         raise ValueError(f"--cosine {cosine:g}: must be in (0, 1]")
     if not parsed.part.is_whole:
         raise ValueError(f"--shard {parsed.part}: with --features nothing is decoded; leave --shard out")
     modality = _only_modality(shards)
-    features = _features(file, shards, modality)
-    made_by = {"of": manifest_sum(shards), "by": f"features {file.name}", "cosine": cosine}
-    with output_folder(out, parsed.part, parsed.overwrite) as (folder, target):
+    features = load_features(file, shards, modality)
+    made_by = {"of": manifest_sum(shards), "by": f"features {file.name}", "cosine": cosine, "copy": parsed.copy}
+
+    def fill(folder: Path, target: Path) -> list[dict[str, Any]]:
         (folder / NOT_COMPARED).touch()
-        found = {modality: _feature_pairs(features, cosine)}
-        return _write(shards, folder, target, found, made_by, copy=parsed.copy)
+        return _write(shards, folder, target, {modality: feature_pairs(features, cosine)}, copy=parsed.copy)
+
+    make_part(out, parsed.part, fill, name=MADE_BY, made_by=made_by, overwrite=parsed.overwrite)
+    return _counts(shards, out)
 
 
 @contextlib.contextmanager
@@ -113,12 +118,12 @@ def _hash(stored: Stored) -> tuple[np.ndarray, int, str | None]:
     words = WORDS[stored.modality]
     try:
         bits, telling = record_hash(stored.read(), stored.modality)
-    except (DecodeError, RecordError) as error:
+    except DAMAGED as error:
         return np.zeros(words, np.uint64), 0, f"damaged: {error}"
     return bits, telling, None if 2 * telling.bit_count() >= words else _FLAT
 
 
-def _hash_pairs(folders: list[Path], *, limit: float) -> dict[str, Pairs]:
+def _hash_pairs(folders: list[Path], limit: float) -> dict[str, Pairs]:
     """Of each modality the near pairs, from the hashes of all parts."""
     parts = [np.load(folder / _HASHES) for folder in folders]
     found = {}
@@ -133,19 +138,6 @@ def _hash_pairs(folders: list[Path], *, limit: float) -> dict[str, Pairs]:
     return found
 
 
-def _feature_pairs(features: np.ndarray, cosine: float) -> Pairs:
-    """Vectors no further apart than the cosine allows; distances are 1 - cosine."""
-    lengths = np.maximum(np.linalg.norm(features, axis=1), 1e-12)
-
-    def judge(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return 1 - np.einsum("nd,nd->n", features[left], features[right]) / (lengths[left] * lengths[right])
-
-    signatures = sign_bits(features)
-    bits = np.arange(signatures.shape[1] * 64)
-    error = math.acos(cosine) / math.pi
-    return near_pairs(signatures, bits, bit_error=error, judge=judge, limit=1 - cosine + 1e-6)
-
-
 def _only_modality(shards: Path) -> str:
     held = modalities(shards)
     if len(held) != 1:
@@ -153,55 +145,28 @@ def _only_modality(shards: Path) -> str:
     return held[0]
 
 
-def _features(file: Path, shards: Path, modality: str) -> np.ndarray:
-    """The vectors in the order of the records, float `[records, D]`."""
-    opened = Shards(shards, modality)
-    if not file.is_file():
-        raise ValueError(f"--features {file}: no such file")
-    loaded = np.load(file)
-    if isinstance(loaded, np.ndarray):
-        features = loaded
-    elif {"features", "keys"} <= set(loaded.files):
-        place = {key: i for i, key in enumerate(loaded["keys"].tolist())}
-        keys = [opened.row(i)["key"] for i in range(len(opened))]
-        missing = [key for key in keys if key not in place]
-        if missing:
-            raise ValueError(f"--features {file}: no vector for {len(missing)} records, the first is {missing[0]}")
-        features = loaded["features"][[place[key] for key in keys]]
-    else:
-        raise ValueError(f"--features {file}: an .npz must hold `features` and `keys`, it holds {loaded.files}")
-    if features.ndim != 2 or len(features) != len(opened):
-        raise ValueError(f"--features {file}: of shape {list(features.shape)}, but [{len(opened)}, D] is needed")
-    if not np.isfinite(features).all():
-        raise ValueError(f"--features {file}: holds values that are not finite")
-    return features
-
-
 # --- what is kept ---------------------------------------------------------------------------------------------------
 
 
-def _write(
-    shards: Path, folder: Path, target: Path, pairs: dict[str, Pairs], made_by: dict[str, Any], *, copy: bool
-) -> dict[str, Any]:
-    """The groups, and the shard folder of what is kept; the counts for the last line."""
+def _write(shards: Path, folder: Path, target: Path, pairs: dict[str, Pairs], *, copy: bool) -> list[dict[str, Any]]:
+    """The groups, and the records that are kept; the manifest's entries."""
     groups = {modality: _groups(shards, modality, found) for modality, found in pairs.items() if len(found[0])}
     lines = [line for modality, found in groups.items() for line in _described(shards, modality, found)]
     write_atomically(folder / GROUPS, "".join(json.dumps(line) + "\n" for line in lines))
     gone = {(modality, number) for modality, found in groups.items() for _, dropped in found for number in dropped}
-    total = 0
+    kept = (record for record in stored_records(shards, Slice()) if (record.modality, record.number) not in gone)
+    return write_subset(folder, target, kept, copy=copy)
 
-    def kept() -> Iterator[Stored]:
-        nonlocal total
-        for stored in stored_records(shards, Slice()):
-            total += 1
-            if (stored.modality, stored.number) not in gone:
-                yield stored
 
-    entries = write_subset(folder, target, kept(), copy=copy)
-    write_atomically(folder / MADE_BY, json.dumps(made_by | {"copy": copy}, indent=1) + "\n")
-    write_manifest(folder, entries)
-    unknown = len((folder / NOT_COMPARED).read_text().splitlines())
-    return {"total": total, "groups": len(lines), "dropped": len(gone), "not_compared": unknown}
+def _counts(shards: Path, out: Path) -> dict[str, int]:
+    """For the last line."""
+    groups = [json.loads(line) for line in (out / GROUPS).read_text().splitlines()]
+    return {
+        "total": count_records(shards, Slice()),
+        "groups": len(groups),
+        "dropped": sum(len(group["dropped"]) for group in groups),
+        "not_compared": len((out / NOT_COMPARED).read_text().splitlines()),
+    }
 
 
 def _groups(shards: Path, modality: str, found: Pairs) -> list[Group]:

@@ -15,15 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_pipeline.media import DecodeError
 from data_pipeline.prepare.command import add_common, run
 from data_pipeline.prepare.measures import Measures, measure_record
 from data_pipeline.prepare.pool import Lost
-from data_pipeline.prepare.records import Stored, count_records, manifest_sum, over_records, stored_records
-from data_pipeline.prepare.slices import join_lines, join_manifests, output_folder
+from data_pipeline.prepare.records import DAMAGED, Stored, count_records, manifest_sum, over_records, stored_records
+from data_pipeline.prepare.slices import join_lines, join_manifests, make_part
 from data_pipeline.prepare.subset import write_subset
-from data_pipeline.prepare.writer import write_manifest
-from data_pipeline.shards import RecordError
 
 REPORT, MADE_BY = "report.jsonl", "filter.json"
 
@@ -70,48 +67,52 @@ class FilterOptions:
         return None
 
 
-def filter_shards(
-    shards: str | Path, out: str | Path, options: FilterOptions, parsed: argparse.Namespace, *, copy: bool
-) -> Counter[str]:
+def filter_shards(shards: Path, out: Path, options: FilterOptions, parsed: argparse.Namespace) -> Counter[str]:
     """Write the records of `shards` that keep the bounds to `out`, and the report; counts by verdict and bound."""
-    made_by = {"of": manifest_sum(shards), "bounds": {k: str(v) for k, v in dataclasses.asdict(options).items()}}
-    counts: Counter[str] = Counter()
-    with output_folder(Path(out), parsed.part, parsed.overwrite) as (folder, target):
+    bounds = {name: str(value) for name, value in dataclasses.asdict(options).items()}  # inf is no JSON
+    made_by = {"of": manifest_sum(shards), "bounds": bounds, "copy": parsed.copy}
+
+    def fill(folder: Path, target: Path) -> list[dict[str, Any]]:
+        records, total = stored_records(shards, parsed.part), count_records(shards, parsed.part)
+        judged = over_records(partial(_judge, options=options), records, total, parsed)
         with (folder / REPORT).open("w") as report:
-            records, total = stored_records(shards, parsed.part), count_records(shards, parsed.part)
-            judged = over_records(partial(_judge, options=options), records, total, parsed)
-            entries = write_subset(folder, target, _kept(judged, report, counts), copy=copy)
-        (folder / MADE_BY).write_text(json.dumps(made_by | {"copy": copy}, indent=1) + "\n")
-        write_manifest(folder, entries)
-    if not parsed.part.is_whole:
-        folders = parsed.part.siblings(Path(out))
-        if join_manifests(Path(out), folders, MADE_BY):
-            join_lines(Path(out), folders, REPORT)
-    return counts
+            return write_subset(folder, target, _kept(judged, report), copy=parsed.copy)
+
+    make_part(out, parsed.part, fill, name=MADE_BY, made_by=made_by, overwrite=parsed.overwrite)
+    folders = parsed.part.siblings(out)
+    if not parsed.part.is_whole and join_manifests(out, folders, MADE_BY):
+        join_lines(out, folders, REPORT)
+    return _counts(parsed.part.folder(out) / REPORT)
 
 
 def _judge(stored: Stored, options: FilterOptions) -> dict[str, Any]:
     """The report's row of a record, without its key."""
     try:
         found = measure_record(stored.read(), stored.modality, stored.row)
-    except (DecodeError, RecordError) as error:
+    except DAMAGED as error:
         return {"verdict": "dropped", "reason": f"damaged: {error}"}
     fault = options.fault(found)
     return found.as_row() | {"verdict": "dropped" if fault else "kept", "reason": fault}
 
 
-def _kept(
-    judged: Iterator[tuple[Stored, dict[str, Any] | Lost]], report: TextIO, counts: Counter[str]
-) -> Iterator[Stored]:
-    """The records that are kept; all are written to the report and counted on the way."""
+def _kept(judged: Iterator[tuple[Stored, dict[str, Any] | Lost]], report: TextIO) -> Iterator[Stored]:
+    """The records that are kept; all are written to the report on the way."""
     for stored, found in judged:
         row = {"verdict": "dropped", "reason": f"damaged: {found.reason}"} if isinstance(found, Lost) else found
         report.write(json.dumps({"key": stored.key, "modality": stored.modality} | row) + "\n")
-        counts[row["verdict"]] += 1
         if row["verdict"] == "kept":
             yield stored
-        else:
-            counts[row["reason"].split()[0].rstrip(":")] += 1
+
+
+def _counts(report: Path) -> Counter[str]:
+    """How many were kept and dropped, and how many for each bound."""
+    counts: Counter[str] = Counter()
+    with report.open() as lines:
+        for row in map(json.loads, lines):
+            counts[row["verdict"]] += 1
+            if row["reason"]:
+                counts[row["reason"].split()[0].rstrip(":")] += 1
+    return counts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,10 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _filter(parsed: argparse.Namespace) -> int:
     options = FilterOptions(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(FilterOptions)})
-    counts = filter_shards(parsed.shards, parsed.out, options, parsed, copy=parsed.copy)
+    counts = filter_shards(Path(parsed.shards), Path(parsed.out), options, parsed)
     kept, dropped = counts.pop("kept", 0), counts.pop("dropped", 0)
     why = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    print(f"{parsed.out}: {kept} of {kept + dropped} records kept; dropped: {why or 'none'}; reasons in {REPORT}")
+    print(
+        f"{parsed.part.folder(Path(parsed.out))}: {kept} of {kept + dropped} records kept; dropped: {why or 'none'}; reasons in {REPORT}"
+    )
     return 0
 
 

@@ -19,10 +19,10 @@ import av
 from data_pipeline.prepare.command import Progress, add_common, run
 from data_pipeline.prepare.convert import DISK_FULL
 from data_pipeline.prepare.find import Input, find_inputs
-from data_pipeline.prepare.journal import MADE_BY, Journal, Task, as_text, convert_into_spool, unfinished_folder
+from data_pipeline.prepare.journal import MADE_BY, Journal, Task, convert_into_spool, unfinished_folder
 from data_pipeline.prepare.options import IngestOptions, Outcome, Report
 from data_pipeline.prepare.pool import Lost, in_order
-from data_pipeline.prepare.slices import Slice, check_parts, join_lines, join_manifests
+from data_pipeline.prepare.slices import Slice, check_parts, join_lines, join_manifests, was_made
 from data_pipeline.prepare.writer import REJECTED, SeriesWriter, check_output, replace_folder, write_manifest
 from data_pipeline.shards import MANIFEST
 
@@ -60,7 +60,7 @@ def ingest(
     items = find_inputs([Path(given) for given in inputs], exclude=[out, out.with_name(f"{out.name}.partial")])
     plan = _plan(items, options)
     check_parts(out, part)
-    if not options.overwrite and _is_made_by(target, plan):
+    if not options.overwrite and was_made(target, MADE_BY, plan):
         report = dataclasses.replace(_report(target), was_there=True)
     else:
         check_output(target, options.overwrite)
@@ -85,11 +85,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:  # a link to nowhere; it will be rejected with its reason
         return -1
-
-
-def _is_made_by(target: Path, plan: dict[str, Any]) -> bool:
-    made_by = target / MADE_BY
-    return (target / MANIFEST).is_file() and made_by.is_file() and made_by.read_text() == as_text(plan)
 
 
 def _make(

@@ -19,7 +19,7 @@ from typing import Any
 from data_pipeline.prepare.convert import convert
 from data_pipeline.prepare.find import Input
 from data_pipeline.prepare.options import IngestOptions, Outcome, Record
-from data_pipeline.prepare.slices import write_atomically
+from data_pipeline.prepare.slices import as_text, write_atomically
 from data_pipeline.prepare.writer import claim
 
 MADE_BY = "ingest.json"
@@ -55,11 +55,6 @@ def unfinished_folder(target: Path, plan: dict[str, Any], *, restart: bool) -> I
             )
         (folder / _SPOOL).mkdir(exist_ok=True)
         yield folder
-
-
-def as_text(plan: dict[str, Any]) -> str:
-    """A plan as its file holds it."""
-    return json.dumps(plan, indent=1) + "\n"
 
 
 def _empty(folder: Path) -> None:

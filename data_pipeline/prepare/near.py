@@ -22,9 +22,11 @@ Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Two arrays of record numbers, `[pairs]`, to their distances, `[pairs]`."""
 
 
-def near_pairs(
-    signatures: np.ndarray, positions: np.ndarray, *, bit_error: float, judge: Judge, limit: float
-) -> tuple[np.ndarray, np.ndarray]:
+Pairs = tuple[np.ndarray, np.ndarray]
+"""Near records, int64 `[pairs, 2]`, and their distances, `[pairs]`."""
+
+
+def near_pairs(signatures: np.ndarray, positions: np.ndarray, *, bit_error: float, judge: Judge, limit: float) -> Pairs:
     """The pairs of records no further apart than `limit`, each once.
 
     Args:
@@ -33,8 +35,6 @@ def near_pairs(
         bit_error: share of the bits in which a pair at the limit differs; decides the number of tables.
         judge: the distance that counts.
         limit: the largest distance of a pair.
-
-    Returns int64 `[pairs, 2]` in rising order, and the distances `[pairs]`.
     """
     count = len(signatures)
     found: dict[int, float] = {}
@@ -78,19 +78,6 @@ def _meeting(signatures: np.ndarray, bits: np.ndarray) -> Iterator[tuple[np.ndar
         for start in range(0, len(same), _CHUNK):
             at = same[start : start + _CHUNK]
             yield order[at], order[at + ahead]
-
-
-def sign_bits(features: np.ndarray, bits: int = 1024) -> np.ndarray:
-    """On which side of random planes each vector lies: float `[records, D]` -> uint64 `[records, bits / 64]`.
-
-    Two vectors at an angle a differ in a share a / pi of the bits (Charikar 2002).
-    """
-    planes = np.random.default_rng(0).standard_normal((features.shape[1], bits), np.float32)
-    parts = [
-        np.packbits(np.asarray(features[start : start + 4096], np.float32) @ planes > 0, axis=1)
-        for start in range(0, len(features), 4096)
-    ]
-    return np.concatenate(parts).view(np.uint64)
 
 
 def keep_one_of_each(pairs: np.ndarray, distances: np.ndarray, rank: Callable[[int], tuple]) -> list["Group"]:

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from av.error import FFmpegError
+
 from data_pipeline.prepare.command import Progress
 from data_pipeline.prepare.pool import Lost, in_order
 from data_pipeline.prepare.slices import Slice
 from data_pipeline.shards import MANIFEST, RecordError, Shards, modalities
 
 Result = TypeVar("Result")
+
+DAMAGED = (ValueError, ArithmeticError, OSError, FFmpegError)
+"""What the bytes of a bad record bring up: DecodeError and RecordError are ValueErrors."""
 
 
 @dataclass(frozen=True)

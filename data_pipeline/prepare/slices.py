@@ -4,16 +4,15 @@ Each part is a folder of its own inside the output, `slice-000-of-008/`, made li
 belongs to the whole beside them; it can be done any number of times, and no bytes of a shard are moved.
 """
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.prepare.writer import check_output, new_folder
+from data_pipeline.prepare.writer import check_output, new_folder, write_manifest
 from data_pipeline.shards import MANIFEST
 
 _FOLDER = re.compile(r"slice-(\d+)-of-(\d+)")
@@ -78,16 +77,49 @@ def check_parts(out: Path, part: Slice) -> None:
             raise ValueError(f"--out {out}: holds the shards of an output without --shard; give another folder")
 
 
-@contextlib.contextmanager
-def output_folder(out: Path, part: Slice, overwrite: bool) -> Iterator[tuple[Path, Path]]:
-    """A new folder to fill, and what it will be called at the end; ValueError where that may not be replaced."""
+def was_made(folder: Path, name: str, made_by: dict[str, Any]) -> bool:
+    """Whether `folder` is a complete output that was made in this very way, which its file `name` says."""
+    path = folder / name
+    return (folder / MANIFEST).is_file() and path.is_file() and path.read_text() == as_text(made_by)
+
+
+def as_text(made_by: dict[str, Any]) -> str:
+    """How an output was made, as its file holds it."""
+    return json.dumps(made_by, indent=1) + "\n"
+
+
+def make_part(
+    out: Path,
+    part: Slice,
+    fill: Callable[[Path, Path], list[dict[str, Any]]],
+    *,
+    name: str,
+    made_by: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    """Make this part's output, unless it is there already.
+
+    Args:
+        out: the whole's folder.
+        part: which part.
+        fill: writes into its first argument, a folder that will be renamed to its second; returns manifest entries.
+        name: of the file that says how the output was made.
+        made_by: what stands in it.
+        overwrite: replace an output that is there.
+
+    Raises ValueError where something is there that may not be replaced.
+    """
     target = part.folder(out)
     check_parts(out, part)
+    if not overwrite and was_made(target, name, made_by):
+        return
     check_output(target, overwrite)
     if not part.is_whole:
         (out / MANIFEST).unlink(missing_ok=True)  # the set is not whole while a part of it is made again
     with new_folder(target) as folder:
-        yield folder, target
+        entries = fill(folder, target)
+        (folder / name).write_text(as_text(made_by))
+        write_manifest(folder, entries)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -102,6 +134,17 @@ def join_lines(out: Path, folders: Iterable[Path], name: str) -> None:
     write_atomically(out / name, "".join((folder / name).read_text() for folder in folders))
 
 
+def same_in_all(out: Path, folders: list[Path], name: str) -> str:
+    """The content of the file `name`, which is to be the same in all parts; ValueError where it is not."""
+    contents = {(folder / name).read_text() for folder in folders}
+    if len(contents) > 1:
+        raise ValueError(
+            f"{out}: its parts were not made of the same inputs with the same options and versions (compare "
+            f"slice-*/{name}); make the odd ones again with --overwrite"
+        )
+    return contents.pop()
+
+
 def join_manifests(out: Path, folders: list[Path], made_by: str) -> dict[str, Any] | None:
     """Write the manifest of a set whose parts lie in `folders`; None where one of them is not finished yet.
 
@@ -109,19 +152,14 @@ def join_manifests(out: Path, folders: list[Path], made_by: str) -> dict[str, An
     """
     if not all((folder / MANIFEST).is_file() for folder in folders):
         return None
-    how = {(folder / made_by).read_text() for folder in folders}
-    if len(how) > 1:
-        raise ValueError(
-            f"{out}: its parts were not made of the same inputs with the same options and versions (compare "
-            f"slice-*/{made_by}); make the odd ones again with --overwrite"
-        )
+    how = same_in_all(out, folders, made_by)
     parts = [json.loads((folder / MANIFEST).read_text()) for folder in folders]
     shards = [
         _moved(entry, folder, out) for folder, part in zip(folders, parts, strict=True) for entry in part["shards"]
     ]
     shards.sort(key=lambda entry: entry["modality"], reverse=True)  # stable: video first, as in a set made whole
     manifest = {"schema": parts[0]["schema"], "shards": shards}
-    write_atomically(out / made_by, how.pop())
+    write_atomically(out / made_by, how)
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
 

@@ -17,16 +17,15 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.avfile import quarter_turns
-from data_pipeline.media import DecodeError
 from data_pipeline.prepare.command import add_common, run
 from data_pipeline.prepare.contact_sheet import HEIGHT, strip, write_contact_sheet
 from data_pipeline.prepare.luma import frames_of, open_image, timeline_of
 from data_pipeline.prepare.pool import Lost, in_order
-from data_pipeline.prepare.records import Stored, over_records
+from data_pipeline.prepare.records import DAMAGED, Stored, over_records
 from data_pipeline.prepare.slices import Slice, check_parts, join_lines, write_atomically
 from data_pipeline.prepare.stats import Stats
 from data_pipeline.prepare.tar_check import check_tar, indexed_rows
-from data_pipeline.shards import RecordError, read_manifest
+from data_pipeline.shards import read_manifest
 
 PROBLEMS, REPORT, SHEET = "problems.jsonl", "verify.json", "contact_sheet.png"
 _PICTURES = 6  # frames of a video on the sheet
@@ -134,7 +133,7 @@ def _check_record(stored: Stored, on_sheet: set[int]) -> Checked:
         data = stored.read()
         check = _check_image if stored.modality == "image" else _check_video
         return check(data, stored.row, want)
-    except (DecodeError, RecordError) as error:
+    except DAMAGED as error:
         return Checked(str(error), [])
 
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from data_pipeline.prepare.near import keep_one_of_each, near_pairs, sign_bits
+from data_pipeline.prepare.features import sign_bits
+from data_pipeline.prepare.near import keep_one_of_each, near_pairs
 from data_pipeline.prepare.phash import HASH_BITS, distance, frame_bits
 
 RECORDS, COPIES = 5000, 400

@@ -145,6 +145,20 @@ def test_bounds_that_cannot_be_kept_are_refused(varied: Path, tmp_path: Path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_finished_part_that_is_started_again_has_nothing_to_do(varied: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    for index in (0, 1, 1):
+        assert filter.main([str(varied), "--out", str(out), "--shard", f"{index}/2", "--jobs", "1", *SMALL]) == 0
+        made = (out / "slice-000-of-002" / "report.jsonl").stat().st_mtime_ns
+    assert filter.main([str(varied), "--out", str(out), "--shard", "0/2", "--jobs", "1", *SMALL]) == 0
+    assert (out / "slice-000-of-002" / "report.jsonl").stat().st_mtime_ns == made
+    assert len(rows(out / "report.jsonl")) == 9
+    assert keys(out) == ["good", "good_dark_corner"]
+    capsys.readouterr()
+    assert filter.main([str(varied), "--out", str(out), "--shard", "0/2", "--max-bars", "1", *SMALL]) == 1
+    assert "already holds shards" in capsys.readouterr().err
+
+
 def damage(shards: Path, key: str) -> None:
     """Turn over a byte in the middle of a record."""
     opened = Shards(shards, "video")
