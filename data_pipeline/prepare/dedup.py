@@ -24,9 +24,9 @@ from data_pipeline.prepare.near import Group, Pairs, keep_one_of_each, near_pair
 from data_pipeline.prepare.phash import HASH_BITS, WORDS, distance, record_hash
 from data_pipeline.prepare.pool import Lost
 from data_pipeline.prepare.records import DAMAGED, Stored, count_records, manifest_sum, over_records, stored_records
-from data_pipeline.prepare.slices import Slice, join_lines, make_part, same_in_all, was_made, write_atomically
+from data_pipeline.prepare.slices import Slice, join_lines, make_part, same_in_all, was_made
 from data_pipeline.prepare.subset import write_subset
-from data_pipeline.prepare.writer import write_manifest
+from data_pipeline.prepare.writer import write_atomically, write_manifest
 from data_pipeline.shards import MANIFEST, Shards, modalities
 
 GROUPS, NOT_COMPARED, MADE_BY, _HASHES = "groups.jsonl", "not_compared.jsonl", "dedup.json", "hashes.npz"

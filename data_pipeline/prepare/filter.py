@@ -125,9 +125,8 @@ def _filter(parsed: argparse.Namespace) -> int:
     counts = filter_shards(Path(parsed.shards), Path(parsed.out), options, parsed)
     kept, dropped = counts.pop("kept", 0), counts.pop("dropped", 0)
     why = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    print(
-        f"{parsed.part.folder(Path(parsed.out))}: {kept} of {kept + dropped} records kept; dropped: {why or 'none'}; reasons in {REPORT}"
-    )
+    folder = parsed.part.folder(Path(parsed.out))
+    print(f"{folder}: {kept} of {kept + dropped} records kept; dropped: {why or 'none'}; reasons in {REPORT}")
     return 0
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from data_pipeline.prepare.convert import convert
 from data_pipeline.prepare.find import Input
 from data_pipeline.prepare.options import IngestOptions, Outcome, Record
-from data_pipeline.prepare.slices import as_text, write_atomically
-from data_pipeline.prepare.writer import claim
+from data_pipeline.prepare.slices import as_text
+from data_pipeline.prepare.writer import claim, write_atomically
 
 MADE_BY = "ingest.json"
 """In the finished folder too: the inputs, options and versions it was made with."""
@@ -128,6 +128,8 @@ class Journal:
     def finish(self) -> None:
         """Remove everything that only an unfinished folder needs."""
         shutil.rmtree(self.spool)
+        for path in self.folder.glob("*.partial"):  # of a kill inside write_atomically
+            path.unlink()
         (self.folder / _JOURNAL).unlink(missing_ok=True)
         (self.folder / _LOCK).unlink()
 

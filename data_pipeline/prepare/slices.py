@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.prepare.writer import check_output, new_folder, write_manifest
+from data_pipeline.prepare.writer import check_output, new_folder, write_atomically, write_manifest
 from data_pipeline.shards import MANIFEST
 
 _FOLDER = re.compile(r"slice-(\d+)-of-(\d+)")
@@ -120,13 +120,6 @@ def make_part(
         entries = fill(folder, target)
         (folder / name).write_text(as_text(made_by))
         write_manifest(folder, entries)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A file that is there whole or not at all, whoever else writes the same."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def join_lines(out: Path, folders: Iterable[Path], name: str) -> None:

@@ -22,9 +22,10 @@ from data_pipeline.prepare.contact_sheet import HEIGHT, strip, write_contact_she
 from data_pipeline.prepare.luma import frames_of, open_image, timeline_of
 from data_pipeline.prepare.pool import Lost, in_order
 from data_pipeline.prepare.records import DAMAGED, Stored, over_records
-from data_pipeline.prepare.slices import Slice, check_parts, join_lines, write_atomically
+from data_pipeline.prepare.slices import Slice, check_parts, join_lines
 from data_pipeline.prepare.stats import Stats
 from data_pipeline.prepare.tar_check import check_tar, indexed_rows
+from data_pipeline.prepare.writer import write_atomically
 from data_pipeline.shards import read_manifest
 
 PROBLEMS, REPORT, SHEET = "problems.jsonl", "verify.json", "contact_sheet.png"

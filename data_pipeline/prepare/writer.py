@@ -121,9 +121,15 @@ def write_manifest(folder: Path, entries: list[dict[str, Any]], notes: list[dict
         rejected = folder / REJECTED
         rejected.write_text("".join(json.dumps(note) + "\n" for note in notes))
         _sync(rejected)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"schema": SCHEMA, "shards": entries}, indent=1) + "\n")
-    _sync(manifest)
+    write_atomically(folder / MANIFEST, json.dumps({"schema": SCHEMA, "shards": entries}, indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A file that is there whole or not at all, whoever else writes the same."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    _sync(partial)
+    os.replace(partial, path)
 
 
 def check_output(out: Path, overwrite: bool) -> None:

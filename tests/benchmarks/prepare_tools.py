@@ -56,9 +56,8 @@ def tools(shards: Path, work: Path) -> None:
     """The second table."""
     opened = Shards(shards, "video")
     seconds = sum(opened.row(i)["duration"] for i in range(len(opened)))
-    print(
-        f"\n{len(opened)} records of {seconds / len(opened):.1f} s\n\n| tool | CPU s | records/s and core |\n|---|---|---|"
-    )
+    print(f"\n{len(opened)} records of {seconds / len(opened):.1f} s\n\n| tool | CPU s | records/s and core |")
+    print("|---|---|---|")
     for name in TOOLS:
         start_up = cpu_seconds(name, "--help")
         spent = cpu_seconds(name, str(shards), "--out", str(work / name), "--jobs", "1", "--quiet") - start_up
