@@ -155,7 +155,9 @@ class _Writers:
             entries = [entry for entry in journal.entries if entry["modality"] == modality]
             limits = {"shard_bytes": options.shard_bytes, "shard_count": options.shard_count}
             self.series[modality] = SeriesWriter(folder, modality, **limits, entries=entries)
-        self._first_open = dict(journal.next)  # of each modality, the first record that is in no closed shard
+        self._first_open: dict[
+            str, tuple[int, int]
+        ] = {}  # of each open shard, by modality
         self._unsettled: dict[int, Outcome] = {}
 
     def write(self, number: int, outcome: Outcome) -> None:
@@ -186,12 +188,10 @@ class _Writers:
             series.abandon()
 
     def _note_closed(self, modality: str, after: tuple[int, int], frontier: int) -> None:
-        self._first_open[modality] = after
-        still_open = {
-            name: self._first_open[name] if series.is_open else max(after, self._first_open[name])
-            for name, series in self.series.items()
+        next_places = {
+            name: self._first_open[name] if series.is_open else after for name, series in self.series.items()
         }
-        self.journal.shard_closed(self.series[modality].entries[-1], still_open, frontier)
+        self.journal.shard_closed(self.series[modality].entries[-1], next_places, frontier)
         self.journal.settle(self._unsettled)
 
 

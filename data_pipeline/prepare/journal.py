@@ -106,7 +106,7 @@ class Journal:
 
     def shard_closed(self, entry: dict[str, Any], next_places: dict[str, Place], frontier: int) -> None:
         """Write down that a shard is closed, then let go of what it holds."""
-        self.next, self.frontier = next_places, max(self.frontier, frontier)
+        self.next, self.frontier = next_places, frontier
         line = {"shard": entry, "next": self.next, "frontier": self.frontier, "notes": self.notes[self._noted :]}
         self._noted = len(self.notes)
         with (self.folder / _JOURNAL).open("a") as file:

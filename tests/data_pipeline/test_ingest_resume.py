@@ -152,7 +152,7 @@ def test_the_parts_together_are_one_shard_set(inputs: Path, tmp_path: Path):
     for index in (2, 0, 1):
         assert not (out / "manifest.json").exists()
         ingest([inputs], out, OPTIONS, part=Slice(index, 3))
-    assert sorted(keys(out)) == [f"{i}-0000" for i in range(5)]
+    assert keys(out) == [f"{i}-0000" for i in (0, 1, 3, 2, 4)]  # part by part, the inputs dealt out in turn
     whole = ingest([inputs], tmp_path / "whole", OPTIONS)
     assert (out / "rejected.jsonl").read_text() == (tmp_path / "whole" / "rejected.jsonl").read_text()
     assert whole.videos == 5
@@ -192,3 +192,10 @@ def test_parts_of_another_division_are_refused(inputs: Path, tmp_path: Path):
         ingest([inputs], tmp_path / "out", OPTIONS, part=Slice(0, 3))
     with pytest.raises(ValueError, match=r"holds slice-000-of-002"):
         ingest([inputs], tmp_path / "out", OPTIONS)
+
+
+def test_the_command_line_cuts_long_videos_into_segments(inputs: Path, tmp_path: Path):
+    command = [str(inputs / "4.mp4"), "--out", str(tmp_path / "out"), "--segment", "0.5", "--jobs", "1", "--quiet"]
+    assert main(command) == 0
+    opened = Shards(tmp_path / "out", "video")
+    assert [(opened.row(i)["start"], opened.row(i)["frames"]) for i in range(len(opened))] == [(0.0, 4), (0.4, 4)]
