@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 
 _AHEAD = 32
 """Pieces of work a process may be ahead of the one that is waited for: a long film must not make the others idle."""
+_START = 600.0
+"""Seconds within which a process must come to life: its imports, on a machine that is overloaded."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class _Worker:
 
     def give(self, number: int, piece: object, timeout: float) -> bool:
         """Hand a piece over; False where the process is no longer there."""
-        self.number, self.deadline = number, time.monotonic() + timeout
+        self.number = number
+        self.deadline = time.monotonic() + (timeout if self.is_started else max(timeout, _START))
         try:
             self.pipe.send(piece)
         except OSError:
