@@ -155,9 +155,7 @@ class _Writers:
             entries = [entry for entry in journal.entries if entry["modality"] == modality]
             limits = {"shard_bytes": options.shard_bytes, "shard_count": options.shard_count}
             self.series[modality] = SeriesWriter(folder, modality, **limits, entries=entries)
-        self._first_open: dict[
-            str, tuple[int, int]
-        ] = {}  # of each open shard, by modality
+        self._first_open: dict[str, tuple[int, int]] = {}  # of each open shard, by modality
         self._unsettled: dict[int, Outcome] = {}
 
     def write(self, number: int, outcome: Outcome) -> None:
