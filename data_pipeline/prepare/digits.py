@@ -26,7 +26,7 @@ import numpy as np
 from data_pipeline.prepare.digits_labels import scene_labels
 from data_pipeline.prepare.digits_scene import DIRECTIONS, SPLITS, DigitsConfig, SplitPlan, draw, load_glyphs
 from data_pipeline.prepare.digits_sheet import write_sheet
-from data_pipeline.prepare.options import IngestOptions, Record
+from data_pipeline.prepare.options import IngestOptions
 from data_pipeline.prepare.writer import SeriesWriter, claim, write_manifest
 from data_pipeline.shards import MANIFEST, Shards, unpack_masks
 
@@ -86,14 +86,12 @@ def _is_made(out: Path, config: DigitsConfig) -> bool:
 
 def _write_split(folder: Path, plan: SplitPlan) -> None:
     """One shard folder."""
-    scratch = folder / "scratch.mp4"
     folder.mkdir(parents=True)
     limits = IngestOptions()
     series = SeriesWriter(folder, "video", shard_bytes=limits.shard_bytes, shard_count=limits.shard_count)
     try:
         for index, (data, meta) in enumerate(_clips(plan)):
-            scratch.write_bytes(data)
-            series.write(Record(f"{plan.split}-{index:06d}", "mp4", "video", str(scratch), meta))
+            series.write(f"{plan.split}-{index:06d}", "mp4", data, meta)
         series.close()
     finally:
         series.abandon()

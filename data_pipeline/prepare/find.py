@@ -32,19 +32,19 @@ class Input:
     """Fields of the JSON file beside it (`clip.json` for `clip.mp4`), if there is one."""
 
 
-def find_inputs(inputs: list[Path], exclude: Path) -> list[Input]:
-    """All files of the inputs, sorted; `exclude` (the output folder) is left out.
+def find_inputs(inputs: list[Path], exclude: list[Path]) -> list[Input]:
+    """All files of the inputs, sorted; the folders `exclude` (the output's) are left out.
 
     Raises ValueError for an input that does not exist.
     """
-    named = [(name, path) for given in inputs for name, path in _files(given, exclude.resolve())]
+    named = [(name, path) for given in inputs for name, path in _files(given, [out.resolve() for out in exclude])]
     named.sort(key=lambda pair: (pair[0], str(pair[1])))
     beside = {path.with_suffix(".json") for _, path in named if _kind(path) != "skipped"}
     used: set[str] = set()
     return [_input(name, path, used) for name, path in named if path not in beside]
 
 
-def _files(given: Path, exclude: Path) -> Iterator[tuple[str, Path]]:
+def _files(given: Path, exclude: list[Path]) -> Iterator[tuple[str, Path]]:
     if given.is_file():
         yield given.name, given
         return
@@ -53,7 +53,7 @@ def _files(given: Path, exclude: Path) -> Iterator[tuple[str, Path]]:
     seen: set[str] = set()
     for folder, folders, files in os.walk(given, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen or Path(real) == exclude:  # a link that leads back, or our own output
+        if real in seen or Path(real) in exclude:  # a link that leads back, or our own output
             folders.clear()
             continue
         seen.add(real)

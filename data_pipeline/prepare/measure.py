@@ -4,25 +4,36 @@ import argparse
 import time
 
 import numpy as np
+import torch
 
 from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.dataset import ClipDataset
 
+_WARM = 3  # clips loaded before the clock starts: imports, page cache
 
-def measure(shards: str, *, modality: str, clip: ClipConfig, decoder: str, clips: int) -> dict[str, float]:
-    """Load `clips` samples in this process, on one core; CPU milliseconds a clip and clips per CPU second."""
+
+def measure(
+    shards: str, *, modality: str, clip: ClipConfig, decoder: str, clips: int, first: int = 0
+) -> dict[str, float]:
+    """Load `clips` samples from ordinal `first` in this process, on one core; CPU and wall milliseconds a clip."""
+    torch.set_num_threads(1)  # as in the loader's workers
     part = ModalityConfig(sources={"shards": SourceConfig(path=shards)}, clip=clip)
     config = DataConfig(**{modality: part, "decoder": decoder, "workers": 0})
     dataset = ClipDataset(config, seed=0)
-    for ordinal in range(3):  # imports, page cache
+    for ordinal in range(_WARM):
         dataset.sample(modality, ordinal)
-    spent = []
-    for ordinal in range(clips):
+    spent, began = [], time.monotonic()
+    for ordinal in range(first, first + clips):
         start = time.process_time()
         dataset.sample(modality, ordinal)
         spent.append(time.process_time() - start)
     mean = float(np.mean(spent))
-    return {"ms": 1000 * mean, "median_ms": 1000 * float(np.median(spent)), "clips_per_second": 1 / mean}
+    return {
+        "ms": 1000 * mean,
+        "median_ms": 1000 * float(np.median(spent)),
+        "clips_per_second": 1 / mean,
+        "wall_ms": 1000 * (time.monotonic() - began) / clips,
+    }
 
 
 def main() -> int:
@@ -30,18 +41,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.prepare.measure", description=__doc__)
     parser.add_argument("shards")
     parser.add_argument("--modality", choices=("video", "image"), default="video")
-    parser.add_argument("--decoder", choices=("auto", "torchcodec", "pyav"), default="auto")
     parser.add_argument("--clips", type=int, default=100)
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--fps", type=float, default=4.0)
-    parser.add_argument("--size", type=int, default=256)
+    add_clip(parser)
     options = parser.parse_args()
-    clip = ClipConfig(frames=1 if options.modality == "image" else options.frames, fps=options.fps, size=options.size)
+    clip = clip_of(options, options.modality)
     found = measure(options.shards, modality=options.modality, clip=clip, decoder=options.decoder, clips=options.clips)
     print(
         f"{found['ms']:.1f} ms of CPU a clip (median {found['median_ms']:.1f}), {found['clips_per_second']:.1f} clips/s"
     )
     return 0
+
+
+def add_clip(parser: argparse.ArgumentParser) -> None:
+    """`--decoder`, `--frames`, `--fps` and `--size`: what is loaded."""
+    parser.add_argument("--decoder", choices=("auto", "torchcodec", "pyav"), default="auto")
+    parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
+    parser.add_argument("--fps", type=float, default=4.0, help="frames per second of a clip")
+    parser.add_argument("--size", type=int, default=256, help="height and width of a clip")
+
+
+def clip_of(options: argparse.Namespace, modality: str) -> ClipConfig:
+    """The clip that these arguments describe; an image has one frame."""
+    return ClipConfig(frames=1 if modality == "image" else options.frames, fps=options.fps, size=options.size)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What an ingest may be told, and what it reports."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
+_INDIFFERENT = {"jobs", "timeout", "overwrite", "restart"}  # options that do not change what is written
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,12 @@ class IngestOptions:
     """... and has at least this many frames; otherwise it is rejected."""
     max_pixels: int = 8192 * 4320
     """Largest source frame, height x width."""
+    timeout: float = 3600.0
+    """Seconds for one file, after which its process is stopped and the file rejected; only with several jobs."""
     overwrite: bool = False
     """Replace an existing shard folder."""
+    restart: bool = False
+    """Throw away what an interrupted ingest has left, instead of going on with it."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -54,15 +61,20 @@ class IngestOptions:
             "min_seconds": self.min_seconds >= 0,
             "min_frames": self.min_frames >= 1,
             "max_pixels": self.max_pixels >= 1,
+            "timeout": self.timeout > 0,
         }
         for name, holds in rules.items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}: outside what ingest accepts; see --help")
 
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide which bytes are written."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _INDIFFERENT}
+
 
 @dataclass
 class Record:
-    """A sample on its way into a shard: its media lies in a scratch file until it is written."""
+    """A sample on its way into a shard: its media lies in a scratch file until its shard is closed."""
 
     key: str
     ext: str
@@ -93,6 +105,8 @@ class Report:
     """Bytes of all tars."""
     notes: list[dict[str, Any]] = field(default_factory=list)
     """The rows of rejected.jsonl."""
+    was_there: bool = False
+    """Nothing was done: the same inputs had been ingested with the same options."""
 
     def count(self, status: str) -> int:
         """Rows with this status."""
@@ -103,7 +117,7 @@ class Report:
         lines = [
             f"{self.out}: {self.videos} video and {self.images} image samples, {self.bytes / 1e6:.1f} MB; "
             f"{self.count('rejected')} files rejected, {in_part} kept in part, "
-            f"{self.count('skipped')} skipped"
+            f"{self.count('skipped')} skipped" + ("; was there already, nothing was done" if self.was_there else "")
         ]
         lines += [f"  {note['status']}: {note['path']}: {note['reason']}" for note in self.notes]
         return "\n".join(lines)

@@ -16,9 +16,8 @@ from PIL import Image
 
 from data_pipeline.decode import frames_at, open_decoder
 from data_pipeline.prepare import writer
-from data_pipeline.prepare.convert import convert
-from data_pipeline.prepare.find import Input
-from data_pipeline.prepare.ingest import NothingIngested, _alone, _converted, ingest, main
+from data_pipeline.prepare.ingest import NothingIngested, ingest, main
+from data_pipeline.prepare.journal import Task, convert_into_spool
 from data_pipeline.prepare.options import IngestOptions, Outcome
 from data_pipeline.prepare.synthetic import make_debug_shards
 from data_pipeline.shards import Shards
@@ -214,14 +213,20 @@ def test_a_folder_of_something_else_is_never_replaced(mixed: Path, tmp_path: Pat
     assert (mixed / "notes.txt").exists()
 
 
-def test_a_full_disk_leaves_nothing_behind(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_stops_the_ingest_and_the_same_command_goes_on(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, "_sync", full)
-    with pytest.raises(ValueError, match="disk is full"):
-        ingest([mixed], tmp_path / "results" / "out")
-    assert list((tmp_path / "results").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_sync", full)
+        with pytest.raises(ValueError, match="disk is full"):
+            ingest([mixed], tmp_path / "results" / "out")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["out.partial"]
+    ingest([mixed], tmp_path / "results" / "out")
+    assert set(records(tmp_path / "results" / "out")) == {"good-0000", "deep_good-0000"}
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["out"]
 
 
 def test_only_broken_inputs_end_in_an_error_and_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -238,24 +243,22 @@ def test_a_missing_input_is_an_error(tmp_path: Path):
         ingest([tmp_path / "nowhere"], tmp_path / "out")
 
 
-def _crash_on_bad(item: Input, options: IngestOptions, scratch: Path) -> Outcome:
-    if item.name == "bad.mp4":
+def _crash_on_bad(task: Task) -> Outcome:
+    if task.item.name == "bad.mp4":
         os.kill(os.getpid(), 11)
-    return convert(item, options, scratch)
+    return convert_into_spool(task)
 
 
 def test_a_file_that_crashes_the_decoder_is_rejected_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("data_pipeline.prepare.ingest.convert", _crash_on_bad)
+    monkeypatch.setattr("data_pipeline.prepare.ingest.convert_into_spool", _crash_on_bad)
     paths = [write_video(tmp_path / f"{name}.mp4", ramp(3)) for name in ("a", "bad", "c")]
-    items = [Input(path, "video", path.name, path.stem) for path in paths]
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    outcomes = list(_converted(items, IngestOptions(jobs=2), scratch))
-    assert [[record.key for record in outcome.records] for outcome in outcomes] == [["a-0000"], [], ["c-0000"]]
-    assert outcomes[1].notes == [{"path": "bad.mp4", "reason": "the decoder crashed", "status": "rejected"}]
-    assert _alone(items[0], IngestOptions(), scratch).records
+    ingest(paths, tmp_path / "out", IngestOptions(jobs=2))
+    assert list(records(tmp_path / "out")) == ["a-0000", "c-0000"]
+    note = rows(tmp_path / "out")["bad.mp4"]
+    assert note["status"] == "rejected"
+    assert "process died (SIGSEGV" in note["reason"]
 
 
 REJECTED = {
