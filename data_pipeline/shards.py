@@ -71,9 +71,7 @@ class Shards:
     @property
     def folder(self) -> Path:
         """The folder on this machine; ShardError where it is not on this machine."""
-        if not isinstance(self._files, LocalFolder):
-            raise ShardError(f"{self._files.call('')}: is not on this machine; copy the folder here for this")
-        return self._files.path
+        return _on_disk(self._files)
 
     @property
     def is_remote(self) -> bool:
@@ -172,6 +170,18 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
     if version != SCHEMA:
         raise ShardError(f"{where}: schema version {version!r}, but this code reads {SCHEMA}; {REDO}")
     return manifest
+
+
+def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A folder on this machine and its parsed manifest; ShardError as for `Shards`, and where it is elsewhere."""
+    folder = open_folder(path, RemoteConfig(), None, Counters())
+    return _on_disk(folder), _read_manifest(folder)
+
+
+def _on_disk(folder: Folder) -> Path:
+    if not isinstance(folder, LocalFolder):
+        raise ShardError(f"{folder.call('')}: is not on this machine; copy the folder here for this")
+    return folder.path
 
 
 def pack_masks(masks: np.ndarray) -> dict[str, Any]:
