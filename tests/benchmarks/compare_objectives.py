@@ -79,7 +79,7 @@ class Entry:
 
 
 # What options need at the demo's size: views that differ (it crops nothing), a predictor as small as its own, masks of
-# their own alone, as many clips a step, and for SIGReg at a batch of 16 the weight above the one that the bisection finds
+# their own alone, as many clips a step, and a weight of SIGReg for a batch of 16, above the one that a bisection finds
 # (31.6, tests/benchmarks/bisection.py), which holds for 400 steps and not for 1,685.
 VIEWS = (
     "data.video.clip.scale_min=0.3",

@@ -335,13 +335,13 @@ def test_a_real_bisection_trains_judges_records_and_resumes(tmp_path: Path, caps
     arguments += ["train.alarms.warmup_steps=2", "train.diagnostics_every=2", "train.alarms.min_cross_sample_gap=-9"]
     assert submit([*arguments, "--runs", "1"]) in (0, 1)
     first = stored(tmp_path)["runs"]
-    assert list(first) == ["01_weight=0.1"]
+    assert list(first) == ["01_weight=0.6"]
     assert submit([*arguments, "--runs", "2", "--resume"]) in (0, 1)
     said = capsys.readouterr().out
     assert "resumed: 1 finished runs" in said
     runs = stored(tmp_path)["runs"]
     assert len(runs) == 2
-    assert runs["01_weight=0.1"] == first["01_weight=0.1"]
+    assert runs["01_weight=0.6"] == first["01_weight=0.1"]
     for name, run in runs.items():
         assert run["status"] == "finished", run
         assert run["alarms"] is not None
