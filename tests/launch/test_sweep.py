@@ -39,7 +39,7 @@ def asked(*arguments: str) -> Sweep:
 def test_a_key_alone_is_bisected_three_decades_around_its_value_in_runs_of_a_sixth() -> None:
     sweep = asked(*DEMO, "--sweep", KEY)
     (axis,) = sweep.axes
-    assert (axis.low, axis.high) == (1e-4, 100)
+    assert (axis.low, axis.high) == pytest.approx((6e-4, 600))
     assert (sweep.method, sweep.runs, sweep.steps) == ("bisect", 6, 2500 // 6)
 
 
@@ -341,7 +341,7 @@ def test_a_real_bisection_trains_judges_records_and_resumes(tmp_path: Path, caps
     assert "resumed: 1 finished runs" in said
     runs = stored(tmp_path)["runs"]
     assert len(runs) == 2
-    assert runs["01_weight=0.6"] == first["01_weight=0.1"]
+    assert runs["01_weight=0.6"] == first["01_weight=0.6"]
     for name, run in runs.items():
         assert run["status"] == "finished", run
         assert run["alarms"] is not None
