@@ -28,7 +28,7 @@ def witness(run_dir: Path, shards: Path, *arguments: str) -> Witness:
     seen, fit = Witness(), Trainer.fit
 
     def see(_: nn.Module, given: tuple[Any, ...]) -> None:
-        micro_batch, step, *_ = given
+        micro_batch, step = given[:2]
         for modality, batch in micro_batch.items():
             for ordinal, clip in zip(batch.ordinals, batch.clips, strict=True):
                 seen.clips[modality, step, ordinal] = digest({"": clip})
