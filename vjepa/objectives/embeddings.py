@@ -128,8 +128,7 @@ class Embeddings(nn.Module):
             return outputs.context
         if self.config.of == "views":
             return outputs.views
-        if outputs.whole is None:
-            raise ValueError("embedding.of=whole needs objective.target=online: a target's tokens have no gradient")
+        assert outputs.whole is not None, "refused by checks.py"
         return [outputs.whole]
 
     def _pool(self, tokens: Tensor, outputs: Outputs) -> Tensor:

@@ -6,7 +6,7 @@ path towards autonomous machine intelligence", section 4.5):
 1. information in the context representation: context_<measure>, of the trained encoder's own features;
 2. information in the target representation: <measure>, of the targets after their LayerNorm;
 3. predictability: nmse, cross_sample_gap, target_prediction_cosine, and position_decodability of the targets;
-4. information in the latent: no objective here has a latent variable, so there is nothing to measure.
+4. information in the latent: see latents.py, where the objective has one.
 
 Beside them lidar, where a batch has several views of a clip, and once per run diag/ema_distance. Levels of a frozen
 teacher's targets bear the teacher's numbers; pixels as targets are level 0.
