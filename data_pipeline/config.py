@@ -146,8 +146,15 @@ class DataConfig:
     """Worker processes of each rank; 0 decodes in the training process. Never changes the samples."""
     prefetch: int = 2
     """Micro-batches each worker prepares ahead."""
+    sample_timeout: float = 60.0
+    """Seconds for decoding and cropping one sample; then its worker is replaced and the sample tried once more, and the
+    second time it is a bad sample; 0 waits for ever."""
     worker_timeout: float = 300.0
-    """Seconds to wait for a worker's micro-batch before giving up (a hung decoder); 0 waits for ever."""
+    """Seconds in which a worker may give no sign of life while it reads or collates; then the run stops (a disk that
+    hangs); 0 waits for ever."""
+    worker_growth_gb: float = 2.0
+    """GB by which a worker's memory may grow before it is replaced between two micro-batches (a decoder that leaks);
+    0: any."""
     max_bad_fraction: float = 0.05
     """Share of replaced samples above which the trainer stops the run."""
     bad_attempts: int = 10
@@ -165,6 +172,8 @@ class DataConfig:
         _require(self.decoder in ("auto", "torchcodec", "pyav"), "decoder", self.decoder, "auto, torchcodec or pyav")
         _require(self.workers >= 0, "workers", self.workers, "must not be negative")
         _require(self.prefetch >= 1, "prefetch", self.prefetch, "must be at least 1")
+        _require(self.sample_timeout >= 0, "sample_timeout", self.sample_timeout, "must not be negative (seconds)")
+        _require(self.worker_growth_gb >= 0, "worker_growth_gb", self.worker_growth_gb, "must not be negative (GB)")
         _require(self.worker_timeout >= 0, "worker_timeout", self.worker_timeout, "must not be negative (seconds)")
         _require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "must be in [0, 1]")
         _require(self.bad_attempts >= 1, "bad_attempts", self.bad_attempts, "must be at least 1")

@@ -1,10 +1,11 @@
 """What reading a source costs, counted by all worker processes of a rank and read by the training process."""
 
 import os
-import sys
 import threading
 
 import numpy as np
+
+from data_pipeline.worker import worker_number
 
 FIELDS = (
     "records",  # read, whatever from
@@ -22,7 +23,7 @@ FIELDS = (
 class Counters:
     """Sums that several processes add to without locks: each has a row of its own.
 
-    With `workers`, the rows lie in shared memory, so that the counts of a DataLoader's workers (forked or spawned) are
+    With `workers`, the rows lie in shared memory, so that the counts of a loader's workers (forked or spawned) are
     seen here; without, they are this process's own.
     """
 
@@ -58,7 +59,5 @@ class Counters:
 
     def _row(self) -> int:
         """0 in the training process, 1 + its number in a worker."""
-        if self._shared is None or "torch.utils.data" not in sys.modules:
-            return 0
-        info = sys.modules["torch.utils.data"].get_worker_info()
-        return 0 if info is None else min(info.id + 1, len(self._rows) - 1)
+        number = None if self._shared is None else worker_number()
+        return 0 if number is None else min(number + 1, len(self._rows) - 1)

@@ -4,6 +4,7 @@ A sample is a pure function of (configuration, seed, modality, ordinal): the sam
 restart. A bad record is replaced by another one that depends on the same things only, and never silently.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from data_pipeline.clips import random_view_times
 from data_pipeline.config import Backend, ClipConfig, DataConfig
 from data_pipeline.counters import Counters
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
+from data_pipeline.in_flight import Attempt, InFlight
 from data_pipeline.plan import Place, Plan, Source, hash64
 from data_pipeline.sample import BadSample, Sample
 from data_pipeline.shards import RecordError
@@ -60,6 +62,7 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         self.config = config
         self.seed = seed
         self.backend: Backend = choose_backend(config.decoder) if config.video.sources else config.decoder
+        self.in_flight = InFlight(config.workers)
         self._opened: dict[str, _Modality] = {}
         self.plans: dict[str, Plan] = {}
         cache = RecordCache(config.cache.dir, int(config.cache.max_gb * 1e9)) if config.cache.dir else None
@@ -81,10 +84,17 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
 
     def __getitem__(self, request: dict[str, range]) -> dict[str, list[Sample]]:
         """The samples of a micro-batch, every modality's in the order of its ordinals."""
+        return self.micro_batch(request)
+
+    def micro_batch(
+        self, request: dict[str, range], lost: Mapping[Attempt, str] | None = None
+    ) -> dict[str, list[Sample]]:
+        """The same, without the attempts that are known to cost a process, which count as bad for the reason given."""
         for modality, ordinals in request.items():
             self._read_ahead(modality, ordinals)
         return {
-            modality: [self.sample(modality, ordinal) for ordinal in ordinals] for modality, ordinals in request.items()
+            modality: [self.sample(modality, ordinal, lost) for ordinal in ordinals]
+            for modality, ordinals in request.items()
         }
 
     def info(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -113,16 +123,19 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
             for modality, opened in self._opened.items()
         }
 
-    def sample(self, modality: str, ordinal: int) -> Sample:
+    def sample(self, modality: str, ordinal: int, lost: Mapping[Attempt, str] | None = None) -> Sample:
         """The sample at this place of the modality's global order.
 
         Raises BadDataError when the record and `bad_attempts` substitutes all fail.
         """
-        plan, rejected = self.plans[modality], []
-        for attempt in range(self.config.bad_attempts + 1):
-            place = plan.substitute(ordinal, attempt) if attempt else plan.locate(ordinal)
+        rejected: list[BadSample] = []
+        for number in range(self.config.bad_attempts + 1):
+            attempt = Attempt(modality, ordinal, number)
+            place = self._place(attempt)
             try:
-                return self._load(modality, ordinal, attempt, place, tuple(rejected))
+                if lost and attempt in lost:
+                    raise DecodeError(lost[attempt])
+                return self._load(attempt, place, tuple(rejected))
             except (DecodeError, RecordError) as error:
                 rejected.append(self._bad(modality, ordinal, place, str(error)))
         tried = "; ".join(f"{bad.source}/{bad.key}: {bad.reason}" for bad in rejected)
@@ -139,14 +152,26 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
             for source, each in enumerate(shards):
                 each.read_ahead([place.index for place in places if place.source == source])
 
-    def _load(self, modality: str, ordinal: int, attempt: int, place: Place, rejected: tuple[BadSample, ...]) -> Sample:
+    def name(self, attempt: Attempt) -> str:
+        """`source/key` of the record that an attempt reads."""
+        place, opened = self._place(attempt), self._opened[attempt.modality]
+        return f"{opened.names[place.source]}/{opened.shards[place.source].row(place.index)['key']}"
+
+    def _place(self, attempt: Attempt) -> Place:
+        plan = self.plans[attempt.modality]
+        return plan.substitute(attempt.ordinal, attempt.number) if attempt.number else plan.locate(attempt.ordinal)
+
+    def _load(self, attempt: Attempt, place: Place, rejected: tuple[BadSample, ...]) -> Sample:
+        modality, ordinal, number = attempt
         opened, config = self._opened[modality], self.config
         data, row = opened.shards[place.source].read(place.index, verify=config.verify_bytes)
-        generator = np.random.default_rng([self.seed, hash64(modality), ordinal, attempt])
-        decoder = open_decoder(data, modality, backend=self.backend, max_pixels=config.max_pixels)
-        times, spans = random_view_times(decoder.info, opened.crops, opened.clip.view_times, generator)
-        frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
-        views = tuple(make_view(frames[span], crop, generator) for span, crop in zip(spans, opened.crops, strict=True))
+        generator = np.random.default_rng([self.seed, hash64(modality), ordinal, number])
+        with self.in_flight.decoding(attempt):
+            decoder = open_decoder(data, modality, backend=self.backend, max_pixels=config.max_pixels)
+            times, spans = random_view_times(decoder.info, opened.crops, opened.clip.view_times, generator)
+            frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
+            each = zip(spans, opened.crops, strict=True)
+            views = tuple(make_view(frames[span], crop, generator) for span, crop in each)
         extra = {name: value for name, value in row.items() if name not in _PRIVATE} | _timestamps(times, spans)
         source = opened.names[place.source]
         return Sample(ordinal, row["key"], source, modality, views, extra, rejected, opened.clip.views)

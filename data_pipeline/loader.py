@@ -3,31 +3,26 @@
 `python -m data_pipeline.loader digest SHARDS ...` prints what a rank would see (see `digest.py`).
 """
 
-import contextlib
 import itertools
 import multiprocessing
-import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.utils.data import DataLoader, Sampler
 
 from data_pipeline.config import ClipConfig, DataConfig
 from data_pipeline.dataset import ClipDataset
 from data_pipeline.plan import check_batch, micro_batches
 from data_pipeline.sample import Sample
-from data_pipeline.worker import start_worker
+from data_pipeline.workers import Events, Job, Request, Supervised, alone
 
 Collate = Callable[[list[Sample]], Any]
 _SHM = Path("/dev/shm")
 _SHM_SHARE = 0.8  # of what is free; running out is a SIGBUS that names nothing
 
 
-class StepSampler(Sampler[dict[str, range]]):
+class StepSampler:
     """One request per micro-batch: the ordinals of every modality, from `start_step` on."""
 
     def __init__(
@@ -36,7 +31,7 @@ class StepSampler(Sampler[dict[str, range]]):
         self.batch, self.world, self.rank, self.accumulate = dict(batch), world, rank, accumulate
         self.start_step, self.stop_step = start_step, stop_step
 
-    def __iter__(self) -> Iterator[dict[str, range]]:
+    def __iter__(self) -> Iterator[Request]:
         steps = itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
         for step in steps:
             shares = {
@@ -49,13 +44,14 @@ class StepSampler(Sampler[dict[str, range]]):
                 yield {modality: share[i] for modality, share in shares.items()}
 
 
-class _CollateAll:
-    """Collates every modality in the worker."""
+class _Make:
+    """Makes a micro-batch, collated by modality; in a worker where there are some."""
 
-    def __init__(self, collate: Collate):
-        self.collate = collate
+    def __init__(self, dataset: ClipDataset, collate: Collate):
+        self.dataset, self.collate = dataset, collate
 
-    def __call__(self, samples: Any) -> dict[str, Any]:
+    def __call__(self, job: Job) -> dict[str, Any]:
+        samples = self.dataset.micro_batch(job.request, job.lost)
         return {modality: self.collate(group) for modality, group in samples.items()}
 
 
@@ -66,19 +62,30 @@ class Loader:
     function hands them on, so that the trainer can count them and write them down.
     """
 
-    def __init__(self, loader: DataLoader[Any], dataset: ClipDataset, sampler: StepSampler):
-        self._loader = loader
-        self._sampler = sampler
+    def __init__(self, dataset: ClipDataset, sampler: StepSampler, collate: Collate):
         self.dataset = dataset
         self.info = dataset.info()
+        self.events = Events()
+        """What has happened to the workers."""
+        self._sampler, self._make = sampler, _Make(dataset, collate)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with _trusting_the_worker_count():
-            iterator = iter(self._loader)
-        try:
-            yield from iterator
-        finally:
-            _stop(iterator)
+        config, requests = self.dataset.config, iter(self._sampler)
+        if not config.workers:
+            yield from alone(self._make, requests)
+            return
+        with closing(
+            Supervised(
+                self._make,
+                requests,
+                config,
+                in_flight=self.dataset.in_flight,
+                name=self.dataset.name,
+                events=self.events,
+                context=_context(),
+            )
+        ) as workers:
+            yield from workers
 
     def __len__(self) -> int:
         """Micro-batches of one iteration; TypeError for a stream without a last step."""
@@ -129,53 +136,12 @@ def build_loader(
     sampler = StepSampler(
         batch, world=world, rank=rank, accumulate=accumulate, start_step=start_step, stop_step=stop_step
     )
-    with _trusting_the_worker_count():
-        loader = DataLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=None,  # a request is a whole micro-batch
-            num_workers=config.workers,
-            collate_fn=_CollateAll(collate),
-            pin_memory=torch.cuda.is_available(),
-            timeout=config.worker_timeout if config.workers else 0,
-            worker_init_fn=_WorkerInit(os.getpid()) if config.workers else None,
-            multiprocessing_context=_context() if config.workers else None,
-            prefetch_factor=config.prefetch if config.workers else None,
-            in_order=True,
-        )
-    return Loader(loader, dataset, sampler)
-
-
-@contextlib.contextmanager
-def _trusting_the_worker_count() -> Iterator[None]:
-    """Without torch's remark that there are more workers than cores: the number was chosen in the configuration."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        yield
-
-
-class _WorkerInit:
-    def __init__(self, parent: int):
-        self.parent = parent
-
-    def __call__(self, worker: int) -> None:
-        start_worker(self.parent)
+    return Loader(dataset, sampler, collate)
 
 
 def _context() -> str:
     """fork where it exists: starts at once, and the shards' indexes are shared instead of read again."""
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-
-
-def _stop(iterator: Any) -> None:
-    """End the workers now, even one that hangs in a decoder."""
-    workers = list(getattr(iterator, "_workers", []))
-    if workers:
-        iterator._shutdown_workers()  # asks, waits, then SIGTERM
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-            worker.join(timeout=5)
 
 
 def _check_modalities(config: DataConfig, batch: dict[str, int]) -> None:

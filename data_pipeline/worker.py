@@ -5,18 +5,27 @@ import os
 import signal
 import sys
 import threading
-
-import torch
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_number: int | None = None
 
 
-def start_worker(parent: int) -> None:
+def worker_number() -> int | None:
+    """Which of its loader's workers this process is, from 0 on; None in a process that is none."""
+    return _number
+
+
+def start_worker(parent: int, number: int) -> None:
     """Called first in each worker; `parent` is the process id of the training process.
 
     SLURM sends SIGTERM and SIGUSR2 to every process of a job; the training process answers by saving a checkpoint and
     needs its workers until then. So a worker ignores them, except a SIGTERM sent by its own parent.
     """
+    import torch  # not at the top: ingest counts its work, and does without torch
+
+    global _number
+    _number = number
     torch.set_num_threads(1)
     for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
@@ -37,3 +46,12 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the request
             os._exit(1)
+
+
+def private_bytes() -> int:
+    """Memory of this process that is in no file and not shared by name; 0 where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)

@@ -215,17 +215,9 @@ def run(config: RunConfig, *, resume: bool) -> int:
             return 128 + stopped.signum
         except (ValueError, RuntimeError, OSError) as error:
             log.debug("", exc_info=True)
-            print(f"error: {_in_one_line(error)} (run_dir={config.run_dir})", file=sys.stderr, flush=True)
+            print(f"error: {str(error).strip()} (run_dir={config.run_dir})", file=sys.stderr, flush=True)
             return 1
     return 0
-
-
-def _in_one_line(error: Exception) -> str:
-    """The message; of an error that came out of a data worker with its whole traceback, the last line."""
-    text = str(error).strip()
-    if "is killed by signal" in text:
-        text += " Too little memory? Lower data.workers or data.prefetch, then --resume"
-    return text.splitlines()[-1] if "Original Traceback" in text else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

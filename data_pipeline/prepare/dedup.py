@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.pool import Lost
 from data_pipeline.prepare.command import add_common, run
 from data_pipeline.prepare.features import feature_pairs, load_features
 from data_pipeline.prepare.near import Group, Pairs, keep_one_of_each, near_pairs
 from data_pipeline.prepare.phash import HASH_BITS, WORDS, distance, record_hash
-from data_pipeline.prepare.pool import Lost
 from data_pipeline.prepare.records import DAMAGED, Stored, count_records, manifest_sum, over_records, stored_records
 from data_pipeline.prepare.slices import Slice, join_lines, make_part, same_in_all, was_made
 from data_pipeline.prepare.subset import write_subset

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_pipeline.pool import Lost
 from data_pipeline.prepare.command import add_common, run
 from data_pipeline.prepare.measures import Measures, measure_record
-from data_pipeline.prepare.pool import Lost
 from data_pipeline.prepare.records import DAMAGED, Stored, count_records, manifest_sum, over_records, stored_records
 from data_pipeline.prepare.slices import join_lines, join_manifests, make_part
 from data_pipeline.prepare.subset import write_subset

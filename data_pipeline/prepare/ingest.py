@@ -16,12 +16,12 @@ from typing import Any
 
 import av
 
+from data_pipeline.pool import Lost, in_order
 from data_pipeline.prepare.command import Progress, add_common, run
 from data_pipeline.prepare.convert import DISK_FULL
 from data_pipeline.prepare.find import Input, find_inputs
 from data_pipeline.prepare.journal import MADE_BY, Journal, Task, convert_into_spool, unfinished_folder
 from data_pipeline.prepare.options import IngestOptions, Outcome, Report
-from data_pipeline.prepare.pool import Lost, in_order
 from data_pipeline.prepare.slices import Slice, check_parts, join_lines, join_manifests, was_made
 from data_pipeline.prepare.writer import REJECTED, SeriesWriter, check_output, replace_folder, write_manifest
 from data_pipeline.shards import MANIFEST

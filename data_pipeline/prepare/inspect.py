@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.pool import Lost, in_order
 from data_pipeline.prepare.command import Progress, add_common, run
 from data_pipeline.prepare.measure import add_clip, clip_of, measure
-from data_pipeline.prepare.pool import Lost, in_order
 from data_pipeline.prepare.records import count_records, stored_records
 from data_pipeline.prepare.stats import Stats
 from data_pipeline.shards import modalities

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from av.error import FFmpegError
 
+from data_pipeline.pool import Lost, in_order
 from data_pipeline.prepare.command import Progress
-from data_pipeline.prepare.pool import Lost, in_order
 from data_pipeline.prepare.slices import Slice
 from data_pipeline.shards import MANIFEST, RecordError, Shards, modalities
 

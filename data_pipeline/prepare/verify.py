@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.avfile import quarter_turns
+from data_pipeline.pool import Lost, in_order
 from data_pipeline.prepare.command import add_common, run
 from data_pipeline.prepare.contact_sheet import HEIGHT, strip, write_contact_sheet
 from data_pipeline.prepare.luma import frames_of, open_image, timeline_of
-from data_pipeline.prepare.pool import Lost, in_order
 from data_pipeline.prepare.records import DAMAGED, Stored, over_records
 from data_pipeline.prepare.slices import Slice, check_parts, join_lines
 from data_pipeline.prepare.stats import Stats

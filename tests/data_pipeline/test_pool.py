@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.prepare.pool import Lost, in_order
+from data_pipeline.pool import Lost, in_order
 
 
 def work(piece: object) -> object:

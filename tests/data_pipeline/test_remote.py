@@ -33,8 +33,8 @@ from servers import (
     truncate,
 )
 from test_loader import config, content, corrupted, digest, stream
-from torch.utils.data import DataLoader
 
+from data_pipeline import loader
 from data_pipeline.cache import CacheConfig
 from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.dataset import BadDataError, ClipDataset
@@ -373,14 +373,14 @@ def test_a_forked_and_a_pickled_folder_read_on(shards: Path, web: str):
         _ = opened.folder
 
 
-def test_a_worker_that_was_not_forked_reads_the_same_and_its_counts_are_seen(shards: Path, web: str, tmp_path: Path):
-    requests = [{"video": range(4)}, {"video": range(4, 8)}]
+def test_a_worker_that_was_not_forked_reads_the_same_and_its_counts_are_seen(
+    shards: Path, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loader, "_context", lambda: "spawn")
     settings = at(f"{web}/shards", 1, cache=CacheConfig(str(tmp_path), 1.0))
-    dataset, local = ClipDataset(settings, seed=5), ClipDataset(config(shards), seed=5)
-    loader = DataLoader(dataset, batch_size=None, sampler=requests, num_workers=1, multiprocessing_context="forkserver")
-    found = [content(item["video"]) for item in loader]
-    assert found == [content(local[request]["video"]) for request in requests]
-    counted = dataset.counters()["video"]["debug"]
+    built = build_loader(settings, seed=5, batch={"video": 4, "image": 1}, stop_step=2)
+    assert stream(built) == stream(build_loader(config(shards), seed=5, batch={"video": 4, "image": 1}, stop_step=2))
+    counted = built.dataset.counters()["video"]["debug"]
     assert (counted["records"], counted["cache_misses"]) == (8, 8)
 
 

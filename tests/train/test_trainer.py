@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 import vjepa
 from data_pipeline.dataset import ClipDataset
 from data_pipeline.decode import DecodeError
+from data_pipeline.in_flight import Attempt
 from launch.config import load_config
 from launch.export import export_run
 from tests.benchmarks.campaign import TIMINGS
@@ -255,10 +256,10 @@ def test_features_that_are_not_finite_stop_a_step_with_diagnostics_by_name(
 def break_records(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> None:
     load = ClipDataset._load
 
-    def broken(self: ClipDataset, modality: str, ordinal: int, attempt: int, *rest: Any) -> Any:
-        if attempt == 0 and is_bad(ordinal):
+    def broken(self: ClipDataset, attempt: Attempt, *rest: Any) -> Any:
+        if attempt.number == 0 and is_bad(attempt.ordinal):
             raise DecodeError("cut short")
-        return load(self, modality, ordinal, attempt, *rest)
+        return load(self, attempt, *rest)
 
     monkeypatch.setattr(ClipDataset, "_load", broken)
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from data_pipeline.dataset import ClipDataset
+from data_pipeline.in_flight import Attempt
 from vjepa.train.stragglers import StepClock, stragglers
 from vjepa.train.watchdog import DUMP_SIGNAL, EXIT_HUNG, Watchdog, WatchdogConfig
 
@@ -302,10 +303,10 @@ def test_a_run_whose_data_stops_coming_leaves_stacks_and_goes_on(
 ) -> None:
     load = ClipDataset._load
 
-    def slow(self: ClipDataset, modality: str, ordinal: int, *rest: Any) -> Any:
-        if (modality, ordinal) == ("video", 30):
+    def slow(self: ClipDataset, attempt: Attempt, *rest: Any) -> Any:
+        if attempt[:2] == ("video", 30):
             time.sleep(1.5)
-        return load(self, modality, ordinal, *rest)
+        return load(self, attempt, *rest)
 
     monkeypatch.setattr(ClipDataset, "_load", slow)
     limits = ("train.watchdog.dump_after_s=0.5", "train.watchdog.abort_after_s=120")
