@@ -3,9 +3,11 @@
 import ctypes
 import faulthandler
 import hashlib
+import json
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
@@ -19,9 +21,10 @@ from test_loader import config, stream
 
 from data_pipeline import dataset as dataset_module
 from data_pipeline import loader as loader_module
-from data_pipeline.config import DataConfig
+from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.decode import open_decoder
 from data_pipeline.loader import Loader, build_loader
+from data_pipeline.prepare.synthetic import make_debug_shards
 from data_pipeline.sample import BadSample, Sample
 from data_pipeline.shards import Shards
 
@@ -190,3 +193,42 @@ def test_workers_go_on_while_the_trainer_computes(shards: Path):
             time.sleep(0.01)
         time.sleep(0.2)
         assert loader.dataset.counters()["video"]["debug"]["records"] == 4 * 5  # the one taken, three ahead, no more
+
+
+def test_ten_kills_of_the_training_process_in_an_epoch_lose_nothing_and_repeat_nothing(tmp_path: Path):
+    folder, log_file = make_debug_shards(tmp_path / "images", videos=0, images=60, size=16), tmp_path / "log"
+    part = ModalityConfig({"images": SourceConfig(str(folder))}, ClipConfig(frames=1, size=8))
+
+    def epoch(workers: int, start: int) -> Loader:
+        return build_loader(
+            DataConfig(image=part, workers=workers), seed=4, batch={"image": 3}, start_step=start, stop_step=20
+        )
+
+    def train(start: int) -> None:
+        with log_file.open("a", buffering=1) as file:
+            for item in epoch(2, start):
+                file.write(json.dumps([(sample.key, sample.clip.flatten()[:9].tolist()) for sample in item["image"]]))
+                file.write("\n")
+
+    def done() -> list[str]:
+        lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        log_file.write_text("".join(whole))  # what was half written when it was killed, as a trainer cuts its log back
+        return whole
+
+    kills, generator = 0, random.Random(7)
+    while len(steps := done()) < 20:
+        child = multiprocessing.get_context("fork").Process(target=train, args=(len(steps),))
+        child.start()
+        if kills < 10:
+            wanted, deadline = len(steps) + generator.randrange(3), time.monotonic() + 60
+            while log_file.read_text().count("\n") < wanted and time.monotonic() < deadline:
+                time.sleep(0.002)
+            child.kill()
+            kills += 1
+        child.join(60)
+    assert kills == 10
+    rows = [row for line in steps for row in json.loads(line)]
+    assert len(rows) == len({key for key, _ in rows}) == 60
+    expected = [(sample.key, sample.clip.flatten()[:9].tolist()) for item in epoch(0, 0) for sample in item["image"]]
+    assert [tuple(row) for row in rows] == expected
