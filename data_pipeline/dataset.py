@@ -5,6 +5,7 @@ restart. A bad record is replaced by another one that depends on the same things
 """
 
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from data_pipeline.stream import Stream
 from data_pipeline.transforms import make_view
 
 log = logging.getLogger(__name__)
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _PRIVATE = {"ext", "offset", "size", "sha256", "shard", "key", "modality"}  # of an index row, not of a sample
 
 
@@ -178,6 +180,7 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
     def _bad(self, modality: str, ordinal: int, place: Place, reason: str) -> BadSample:
         opened = self._opened[modality]
         key = opened.shards[place.source].row(place.index)["key"]
+        reason = _ADDRESS.sub("", reason)  # pillow names an object in memory: the same failure must read the same
         return BadSample(ordinal, modality, key, opened.names[place.source], reason)
 
 
