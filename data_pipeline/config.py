@@ -6,7 +6,9 @@ from typing import Literal
 
 from data_pipeline.cache import CacheConfig
 from data_pipeline.folders import scheme
+from data_pipeline.plan import Order
 from data_pipeline.retries import RemoteConfig
+from data_pipeline.stream import StreamConfig, is_stream
 
 Backend = Literal["auto", "torchcodec", "pyav"]
 ViewTimes = Literal["shared", "own"]
@@ -19,18 +21,51 @@ def _require(holds: bool, name: str, value: object, rule: str) -> None:
 
 
 @dataclass
+class SourceClipConfig:
+    """What one source's clips do otherwise than the modality's; null is as there.
+
+    What gives a batch its shape (frames, size, views, local) is the modality's: a batch is one tensor.
+    """
+
+    fps: float | None = None
+    """Frames per second."""
+    scale_min: float | None = None
+    """Smallest crop, as a share of the frame's area."""
+    scale_max: float | None = None
+    """Largest crop, as a share of the frame's area."""
+    aspect_min: float | None = None
+    """Narrowest crop: width over height."""
+    aspect_max: float | None = None
+    """Widest crop: width over height."""
+    flip: float | None = None
+    """Probability of a horizontal flip."""
+
+
+@dataclass
 class SourceConfig:
     """Where records come from, and their share of a mixture."""
 
     path: str
     """A folder written by `python -m data_pipeline.prepare.ingest` (or its manifest.json): a local path,
     `http(s)://HOST/FOLDER`, `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`. Or, for small sets, a local folder of media
-    files (Hugging Face's VideoFolder layout among them) or a list with one `PATH LABEL` a line."""
+    files (Hugging Face's VideoFolder layout among them) or a list with one `PATH LABEL` a line. Or plain WebDataset
+    tars, whose resume is statistical: `/disk/x-{0000..0099}.tar`, `http(s)://HOST/x-{0000..0099}.tar`, `pipe:COMMAND`,
+    several of these with `::` between."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources of the same modality."""
+    clip: SourceClipConfig = field(default_factory=SourceClipConfig)
+    """What differs from the modality's clips."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """How plain WebDataset tars are read; of no use to other sources."""
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.weight) and self.weight > 0, "weight", self.weight, "must be a positive number")
+        _require(
+            is_stream(self.path) or self.stream == StreamConfig(),
+            "stream",
+            self.stream,
+            f"is for plain WebDataset tars, and path={self.path} is none; remove it",
+        )
 
 
 def _require_scale(low: float, high: float, prefix: str = "") -> None:
@@ -130,6 +165,22 @@ class ModalityConfig:
     """Named shard folders; the name is part of the shuffle's seed."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """Clip geometry."""
+    order: Order = "shuffle"
+    """`shuffle`: every record once in each pass over its source; `replacement`: every sample is drawn by weight, with
+    replacement, as in the V-JEPA reference."""
+
+    def __post_init__(self) -> None:
+        _require(self.order in ("shuffle", "replacement"), "order", self.order, "shuffle or replacement")
+        for name in self.sources:
+            self.clip_of(name)
+
+    def clip_of(self, source: str) -> ClipConfig:
+        """The clips of one source; ValueError where its own settings do not go with the modality's."""
+        own = {name: value for name, value in vars(self.sources[source].clip).items() if value is not None}
+        try:
+            return replace(self.clip, **own)
+        except ValueError as error:
+            raise ValueError(f"sources.{source}.clip.{error}") from error
 
 
 @dataclass
@@ -196,4 +247,5 @@ class DataConfig:
         return {name: config for name, config in pairs.items() if config.sources}
 
     def _any_remote(self) -> bool:
-        return any(scheme(source.path) for part in self.modalities().values() for source in part.sources.values())
+        paths = [source.path for part in self.modalities().values() for source in part.sources.values()]
+        return any(is_stream(path) or scheme(path) for path in paths)

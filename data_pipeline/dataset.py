@@ -4,6 +4,8 @@ A sample is a pure function of (configuration, seed, modality, ordinal): the sam
 restart. A bad record is replaced by another one that depends on the same things only, and never silently.
 """
 
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +23,11 @@ from data_pipeline.plan import Place, Plan, Source, hash64
 from data_pipeline.sample import BadSample, Sample
 from data_pipeline.shards import RecordError
 from data_pipeline.sources import Records, open_source
+from data_pipeline.stream import Stream
 from data_pipeline.transforms import make_view
 
+log = logging.getLogger(__name__)
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _PRIVATE = {"ext", "offset", "size", "sha256", "shard", "key", "modality"}  # of an index row, not of a sample
 
 
@@ -35,20 +40,36 @@ class _Modality:
     """One modality, opened: its shards in the order of the plan's sources."""
 
     clip: ClipConfig
-    crops: tuple[ClipConfig, ...]
+    crops: list[tuple[ClipConfig, ...]] = field(default_factory=list)  # of each source
     names: list[str] = field(default_factory=list)
     shards: list[Records] = field(default_factory=list)
 
     @classmethod
-    def open(cls, modality: str, config: DataConfig, cache: RecordCache | None) -> "_Modality":
+    def open(cls, modality: str, config: DataConfig, cache: RecordCache | None, seed: int) -> "_Modality":
         part = config.modalities()[modality]
-        opened = cls(part.clip, part.clip.crops())
+        opened = cls(part.clip)
         for name, source in part.sources.items():
             counters = Counters(config.workers)
             opened.names.append(name)
+            opened.crops.append(part.clip_of(name).crops())
+            key = hash64(seed, modality, name)
             opened.shards.append(
-                open_source(source.path, modality, remote=config.remote, cache=cache, counters=counters)
+                open_source(
+                    source.path,
+                    modality,
+                    remote=config.remote,
+                    cache=cache,
+                    counters=counters,
+                    stream=source.stream,
+                    stream_key=key,
+                )
             )
+            if isinstance(opened.shards[-1], Stream):
+                log.warning(
+                    "source %s is a webdataset stream: resume is statistical, not exact: records may repeat or be "
+                    "missed",
+                    name,
+                )
         return opened
 
 
@@ -67,7 +88,7 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         self.plans: dict[str, Plan] = {}
         cache = RecordCache(config.cache.dir, int(config.cache.max_gb * 1e9)) if config.cache.dir else None
         for modality, part in config.modalities().items():
-            opened = _Modality.open(modality, config, cache)
+            opened = _Modality.open(modality, config, cache, seed)
             sizes = [len(shards) for shards in opened.shards]
             weights = [source.weight for source in part.sources.values()]
             for name, size in zip(opened.names, sizes, strict=True):
@@ -77,7 +98,7 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
                         f"{modality}.sources.{name}: {path} holds no {modality} samples; remove the source"
                     )
             self._opened[modality] = opened
-            self.plans[modality] = Plan(seed, list(map(Source, opened.names, sizes, weights)))
+            self.plans[modality] = Plan(seed, list(map(Source, opened.names, sizes, weights)), part.order)
         if cache:
             shards = [each for opened in self._opened.values() for each in opened.shards]
             cache.expect(sum(each.total_bytes for each in shards if each.is_remote))
@@ -98,7 +119,10 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         }
 
     def info(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """`{modality: {source: {samples, bytes, share, fingerprint}}}`, for the log."""
+        """`{modality: {source: {samples, bytes, share, fingerprint, exact}}}`, for the log.
+
+        A source that is not `exact` is a stream: its `samples` are nominal, and a resume does not go on where it was.
+        """
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for modality, opened in self._opened.items():
             total = sum(source.weight for source in self.plans[modality].sources)
@@ -108,6 +132,7 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
                     "bytes": shards.total_bytes,
                     "share": source.weight / total,
                     "fingerprint": shards.fingerprint,
+                    "exact": not isinstance(shards, Stream),
                 }
                 for source, shards in zip(self.plans[modality].sources, opened.shards, strict=True)
             }
@@ -165,13 +190,13 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         modality, ordinal, number = attempt
         opened, config = self._opened[modality], self.config
         data, row = opened.shards[place.source].read(place.index, verify=config.verify_bytes)
+        crops = opened.crops[place.source]
         generator = np.random.default_rng([self.seed, hash64(modality), ordinal, number])
         with self.in_flight.decoding(attempt):
             decoder = open_decoder(data, modality, backend=self.backend, max_pixels=config.max_pixels)
-            times, spans = random_view_times(decoder.info, opened.crops, opened.clip.view_times, generator)
+            times, spans = random_view_times(decoder.info, crops, opened.clip.view_times, generator)
             frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
-            each = zip(spans, opened.crops, strict=True)
-            views = tuple(make_view(frames[span], crop, generator) for span, crop in each)
+            views = tuple(make_view(frames[span], crop, generator) for span, crop in zip(spans, crops, strict=True))
         extra = {name: value for name, value in row.items() if name not in _PRIVATE} | _timestamps(times, spans)
         source = opened.names[place.source]
         return Sample(ordinal, row["key"], source, modality, views, extra, rejected, opened.clip.views)
@@ -179,6 +204,7 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
     def _bad(self, modality: str, ordinal: int, place: Place, reason: str) -> BadSample:
         opened = self._opened[modality]
         key = opened.shards[place.source].row(place.index)["key"]
+        reason = _ADDRESS.sub("", reason)  # pillow names an object in memory: the same failure must read the same
         return BadSample(ordinal, modality, key, opened.names[place.source], reason)
 
 

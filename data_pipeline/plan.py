@@ -6,9 +6,14 @@ no memory, whatever the number of samples.
 """
 
 import hashlib
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
 
+Order = Literal["shuffle", "replacement"]
 BLOCK = 1000
 """Ordinals per mixture block; every block holds each source's exact share, rounded to 1/1000."""
 _ROUNDS = 8
@@ -55,7 +60,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an ordinal's record lies: the `index`-th of `source`, on that source's pass number `epoch`."""
+    """Where an ordinal's record lies: the `index`-th of `source`, on that source's pass number `epoch`.
+
+    With replacement there are no passes: `epoch` is the plan's.
+    """
 
     epoch: int
     source: int
@@ -83,9 +91,15 @@ def quotas(sources: Sequence[Source], block: int = BLOCK) -> list[int]:
 
 
 class Plan:
-    """The global order of one modality: `locate(ordinal)` for any ordinal >= 0, without end."""
+    """The global order of one modality: `locate(ordinal)` for any ordinal >= 0, without end.
 
-    def __init__(self, seed: int, sources: Sequence[Source]):
+    `shuffle`: each source in passes, every record once in each; exact shares in every block of ordinals.
+    `replacement`: every ordinal draws its source by weight and a record of it uniformly, as the V-JEPA reference does
+    (weight / size for each record, drawn with replacement). In a draw of as many samples as there are records, a share
+    of 1/e = 36.8 % of them comes never and 26.4 % more than once.
+    """
+
+    def __init__(self, seed: int, sources: Sequence[Source], order: Order = "shuffle"):
         if seed < 0:
             raise ValueError(f"seed={seed}: must not be negative")
         if not sources:
@@ -96,12 +110,16 @@ class Plan:
         self.seed = seed
         self.sources = tuple(sources)
         self.total = sum(source.size for source in sources)
-        self._quotas = quotas(sources) if len(sources) > 1 else []
+        self.order = order
+        self._quotas = quotas(sources) if len(sources) > 1 and order == "shuffle" else []
+        self._bounds = list(accumulate(source.weight for source in sources))
 
     def locate(self, ordinal: int) -> Place:
         """The record at this place of the global order."""
         if ordinal < 0:
             raise ValueError(f"ordinal={ordinal}: must not be negative")
+        if self.order == "replacement":
+            return self._draw(ordinal)
         source, position = self._position(ordinal)
         name, size = self.sources[source].name, self.sources[source].size
         epoch, within = divmod(position, size)
@@ -117,6 +135,22 @@ class Plan:
     def epoch_of(self, ordinal: int) -> int:
         """How many times as many samples as there are records come before this ordinal."""
         return ordinal // self.total
+
+    def counts(self, ordinals: Iterable[int]) -> dict[str, int]:
+        """How many of these ordinals each source supplies: the realised shares of a batch, a window or a run.
+
+        Substitutes change nothing, they are of the same source. About 15 microseconds an ordinal.
+        """
+        found = Counter(self.locate(ordinal).source for ordinal in ordinals)
+        return {source.name: found[i] for i, source in enumerate(self.sources)}
+
+    def _draw(self, ordinal: int) -> Place:
+        """A source by weight and one of its records, both drawn for this ordinal alone."""
+        share = hash64(self.seed, "replacement", ordinal) / 2**64 * self._bounds[-1]
+        chosen = bisect_right(self._bounds, share, hi=len(self._bounds) - 1)
+        source = self.sources[chosen]
+        index = hash64(self.seed, source.name, "replacement", ordinal) % source.size
+        return Place(self.epoch_of(ordinal), chosen, index)
 
     def _position(self, ordinal: int) -> tuple[int, int]:
         """Source and how many samples of it come before, up to the order inside a block."""

@@ -64,7 +64,12 @@ class RemoteConfig:
                 raise ValueError(f"remote.{name}={getattr(self, name)!r}: must be at least 1")
 
 
-def persist(attempt: Callable[[], T], what: str, policy: RemoteConfig, retried: Callable[[], None]) -> T:
+_BLAME = "The network or the server failed, the record is not to blame; resume the run when it answers again"
+
+
+def persist(
+    attempt: Callable[[], T], what: str, policy: RemoteConfig, retried: Callable[[], None], blame: str = _BLAME
+) -> T:
     """The result of `attempt`, repeated while it raises Transient; `retried` is called before each repetition.
 
     Raises ShardError at once for what is Permanent, RemoteError when attempts or time are used up; both name `what`.
@@ -83,8 +88,7 @@ def persist(attempt: Callable[[], T], what: str, policy: RemoteConfig, retried: 
         if len(reasons) >= policy.attempts or took + pause > policy.give_up:
             kinds = "; ".join(dict.fromkeys(reasons))
             raise RemoteError(
-                f"{what}: not to be had in {len(reasons)} attempts over {took:.1f} s ({kinds}). The network or the "
-                "server failed, the record is not to blame; resume the run when it answers again "
+                f"{what}: not to be had in {len(reasons)} attempts over {took:.1f} s ({kinds}). {blame} "
                 "(data.remote.attempts and data.remote.give_up say how long to insist)"
             )
         time.sleep(pause)

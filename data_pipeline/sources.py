@@ -1,4 +1,4 @@
-"""What a source may be: shards on a disk, behind HTTP or in S3, or media files as they are."""
+"""What a source may be: shards on a disk, behind HTTP or in S3, media files as they are, or a stream of plain tars."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +10,7 @@ from data_pipeline.files import SUFFIXES, Files, holds_files
 from data_pipeline.folders import scheme
 from data_pipeline.retries import RemoteConfig
 from data_pipeline.shards import MANIFEST, Shards, modalities
+from data_pipeline.stream import Stream, StreamConfig, is_stream
 
 
 class Records(Protocol):
@@ -54,15 +55,24 @@ def open_source(
     remote: RemoteConfig | None = None,
     cache: RecordCache | None = None,
     counters: Counters | None = None,
+    stream: StreamConfig | None = None,
+    stream_key: int = 0,
 ) -> Records:
-    """A source's records of one modality. A folder with a manifest is a shard folder, whatever else it holds."""
+    """A source's records of one modality. A folder with a manifest is a shard folder, whatever else it holds.
+
+    `stream` and `stream_key` (what its shuffles are seeded by) are for plain WebDataset tars only.
+    """
+    if is_stream(path):
+        return Stream(str(path), modality, stream or StreamConfig(), key=stream_key, remote=remote, counters=counters)
     if _is_files(path):
         return Files(path, modality, counters=counters)
     return Shards(path, modality, remote=remote, cache=cache, counters=counters)
 
 
 def source_modalities(path: str | Path) -> list[str]:
-    """The modalities a source holds, video first."""
+    """The modalities a source holds, video first; of a stream, which nobody has counted, those it may hold."""
+    if is_stream(path):
+        return list(SUFFIXES)
     if _is_files(path):
         return [modality for modality in SUFFIXES if len(Files(path, modality))]
     return modalities(path)

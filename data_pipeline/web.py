@@ -64,14 +64,7 @@ class Web:
         if first is not None:
             headers["Range"] = f"bytes={first}-{first + size - 1}"
         try:
-            response = self._pool(url).request(
-                "GET",
-                url,
-                headers=headers,
-                preload_content=False,
-                timeout=urllib3.Timeout(connect=self._policy.timeout, read=self._policy.timeout),
-                retries=urllib3.Retry(None, connect=0, read=0, redirect=_REDIRECTS, status=0, other=0),
-            )
+            response = self._ask(url, headers)
             try:
                 return self._reply(response, first, size)
             except BaseException:
@@ -81,6 +74,33 @@ class Web:
                 response.release_conn()
         except urllib3.exceptions.HTTPError as error:
             raise _failure(error) from error
+
+    def open(self, url: str) -> "Body":
+        """The whole file, to be read as it comes. Raises Transient or Permanent."""
+        import urllib3
+
+        try:
+            response = self._ask(url, {"Accept-Encoding": "identity"} | _password(url))
+            if response.status != 200:
+                try:
+                    raise _refusal(response)
+                finally:
+                    response.close()
+        except urllib3.exceptions.HTTPError as error:
+            raise _failure(error) from error
+        return Body(response, self._policy)
+
+    def _ask(self, url: str, headers: dict[str, str]) -> "urllib3.BaseHTTPResponse":
+        import urllib3
+
+        return self._pool(url).request(
+            "GET",
+            url,
+            headers=headers,
+            preload_content=False,
+            timeout=urllib3.Timeout(connect=self._policy.timeout, read=self._policy.timeout),
+            retries=urllib3.Retry(None, connect=0, read=0, redirect=_REDIRECTS, status=0, other=0),
+        )
 
     def _reply(self, response: "urllib3.BaseHTTPResponse", first: int | None, size: int) -> Reply:
         status = response.status
@@ -125,6 +145,33 @@ class Web:
             sizes = {"num_pools": 16, "maxsize": self._policy.parallel, "block": False}
             self._pools[proxy] = urllib3.ProxyManager(proxy, **sizes) if proxy else urllib3.PoolManager(**sizes)
         return self._pools[proxy]
+
+
+class Body:
+    """A file that comes over one connection. Time counts only while it is waited for: the reader may be slow."""
+
+    def __init__(self, response: "urllib3.BaseHTTPResponse", policy: RemoteConfig):
+        self._response, self._policy = response, policy
+        self._received, self._waited = 0, 0.0
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, none at the end; Transient where they fail to come, or come slower than `slowest`."""
+        import urllib3
+
+        started = time.monotonic()
+        try:
+            data = self._response.read1(size)
+        except urllib3.exceptions.HTTPError as error:
+            raise _failure(error) from error
+        self._waited += time.monotonic() - started
+        self._received += len(data)
+        if self._waited > self._policy.timeout + self._received / (1e6 * self._policy.slowest):
+            raise Transient(f"too slow: {self._received} bytes in {self._waited:.0f} s")
+        return data
+
+    def close(self) -> None:
+        """Close the connection, with what has not been read."""
+        self._response.close()
 
 
 def check_address(url: str) -> None:

@@ -1,10 +1,18 @@
 """Shards made on the fly; the real clips lie outside the repository and are skipped where absent."""
 
+import tempfile
 from pathlib import Path
 
+import hypothesis.configuration
 import pytest
+from hypothesis import settings
 
 from data_pipeline.prepare.synthetic import make_debug_shards
+
+# The same examples in every run, and nothing left in the tree.
+hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "vjepa-hypothesis")
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -94,6 +94,8 @@ def stored(tmp_path: Path) -> Path:
         "objective.terms.masked_prediction.weight=2",
         "mask.truncate=prefix",
         "data.video.clip.size=32",
+        "data.video.sources.debug.clip.fps=2.0",
+        "data.video.order=replacement",
         "model.depth=3",
     ],
 )
@@ -169,6 +171,48 @@ def test_the_big_recipes_can_start_on_8_and_on_128_gpus(recipe: str) -> None:
     config = load_config(recipe, "primary", SOURCES)
     for world in (8, 128):
         assert config.check(world) * world * 36 >= 4608
+
+
+MIXTURES = {
+    "visionmix": {"ssv2": 0.17, "kinetics": 0.01, "howto100m": 0.1, "yt_temporal_1b": 0.72},
+    "videomix22m": {"ssv2": 0.056, "kinetics": 0.188, "howto100m": 0.318, "yt_temporal_1b": 0.188},
+}
+
+
+@pytest.mark.parametrize(("option", "picture"), [("visionmix", "lvd142m"), ("videomix22m", "imagenet")])
+def test_a_papers_mixture_has_its_weights_and_asks_for_every_path_by_key(option: str, picture: str) -> None:
+    keys = [f"data.video.sources.{name}.path" for name in MIXTURES[option]]
+    keys.append(f"data.image.sources.{picture}.path")
+    with pytest.raises(ConfigError, match="no value for") as refused:
+        load_config("vit_gigantic", "primary", options=[option])
+    assert all(key in str(refused.value) for key in keys)
+    with pytest.raises(ConfigError, match=rf"no value for {keys[0]}: set it"):
+        load_config("vit_gigantic", "primary", [f"{key}=/there" for key in keys[1:]], options=[option])
+    config = load_config("vit_gigantic", "primary", [f"{key}=/there" for key in keys], options=[option])
+    assert {name: source.weight for name, source in config.data.video.sources.items()} == MIXTURES[option]
+    assert list(config.data.image.sources) == [picture]
+    assert all(config.check(world) >= 1 for world in (8, 128))
+    batch = config.train.batch
+    assert option == "visionmix" or batch.image / (batch.image + batch.video) == 0.25
+
+
+@pytest.mark.parametrize("key", ["frames=8", "size=32", "views=2", "local={views: 1}", "view_times=own"])
+def test_a_source_may_not_have_clips_of_another_shape(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key.partition('=')[0]}.*SourceClipConfig"):
+        load_config("debug", "primary", [f"data.video.sources.debug.clip.{key}"])
+
+
+def test_a_sources_own_clip_settings_are_checked_with_the_modalitys() -> None:
+    config = load_config("debug", "primary", ["data.video.sources.debug.clip={fps: 2, flip: 0}"])
+    assert (config.data.video.clip_of("debug").fps, config.data.video.clip_of("debug").flip) == (2.0, 0.0)
+    assert config.data.video.clip_of("debug").size == config.data.video.clip.size
+    with pytest.raises(ConfigError, match=r"sources\.debug\.clip\.scale_max=0\.1: must be between scale_min="):
+        load_config("debug", "primary", ["data.video.sources.debug.clip.scale_max=0.1"])
+
+
+def test_an_unknown_order_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.video\.order.*random"):
+        load_config("debug", "primary", ["data.video.order=random"])
 
 
 @pytest.mark.parametrize(("alias", "recipe"), [("vitg16", "vit_giant"), ("vitG16", "vit_gigantic")])

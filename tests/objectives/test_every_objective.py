@@ -13,7 +13,13 @@ from tests.train.ranks import on_ranks
 
 WAYS: tuple[tuple[Mode, bool], ...] = (("ddp", False), ("ddp", True), ("fsdp", False))
 CASES = [Case(name, mode, early) for name in OBJECTIVES for mode, early in WAYS]
-NOT_OBJECTIVES = {"paper_batch", "prefix_masks", "real_clips"}  # options over data and masks
+NOT_OBJECTIVES = {
+    "paper_batch",
+    "prefix_masks",
+    "real_clips",
+    "videomix22m",
+    "visionmix",
+}  # options over data and masks
 
 
 @pytest.fixture(scope="module")
