@@ -4,6 +4,7 @@ A sample is a pure function of (configuration, seed, modality, ordinal): the sam
 restart. A bad record is replaced by another one that depends on the same things only, and never silently.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +105,7 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         return found
 
     def counters(self) -> dict[str, dict[str, dict[str, float]]]:
-        """`{modality: {source: {records, wait_seconds, requests, ...}}}`: what reading has cost (see `counters.py`).
+        """`{modality: {source: {records, wait_seconds, samples, ...}}}`: what the data have cost (see `counters.py`).
 
         Sums since the dataset was made, over this process and all workers; cheap enough for every step.
         """
@@ -143,16 +144,21 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         opened, config = self._opened[modality], self.config
         data, row = opened.shards[place.source].read(place.index, verify=config.verify_bytes)
         generator = np.random.default_rng([self.seed, hash64(modality), ordinal, attempt])
+        started = time.perf_counter()
         decoder = open_decoder(data, modality, backend=self.backend, max_pixels=config.max_pixels)
         times, spans = random_view_times(decoder.info, opened.crops, opened.clip.view_times, generator)
         frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
+        decoded = time.perf_counter()
         views = tuple(make_view(frames[span], crop, generator) for span, crop in zip(spans, opened.crops, strict=True))
+        spent = {"decode_seconds": decoded - started, "crop_seconds": time.perf_counter() - decoded}
+        opened.shards[place.source].counters.add(samples=1, **spent)
         extra = {name: value for name, value in row.items() if name not in _PRIVATE} | _timestamps(times, spans)
         source = opened.names[place.source]
         return Sample(ordinal, row["key"], source, modality, views, extra, rejected, opened.clip.views)
 
     def _bad(self, modality: str, ordinal: int, place: Place, reason: str) -> BadSample:
         opened = self._opened[modality]
+        opened.shards[place.source].counters.add(bad=1)
         key = opened.shards[place.source].row(place.index)["key"]
         return BadSample(ordinal, modality, key, opened.names[place.source], reason)
 
