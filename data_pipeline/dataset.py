@@ -6,15 +6,17 @@ restart. A bad record is replaced by another one that depends on the same things
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_pipeline.cache import RecordCache
 from data_pipeline.clips import random_view_times
 from data_pipeline.config import Backend, ClipConfig, DataConfig
 from data_pipeline.counters import Counters
+from data_pipeline.crop_later import cut_view
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
 from data_pipeline.plan import Place, Plan, Source, hash64
 from data_pipeline.sample import BadSample, Sample
@@ -149,7 +151,9 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         times, spans = random_view_times(decoder.info, opened.crops, opened.clip.view_times, generator)
         frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
         decoded = time.perf_counter()
-        views = tuple(make_view(frames[span], crop, generator) for span, crop in zip(spans, opened.crops, strict=True))
+        make = make_view if config.augment_on == "worker" else cut_view
+        made = [make(frames[span], crop, generator) for span, crop in zip(spans, opened.crops, strict=True)]
+        views = cast(tuple[Tensor, ...], tuple(made))  # or what becomes a tensor on the device
         spent = {"decode_seconds": decoded - started, "crop_seconds": time.perf_counter() - decoded}
         opened.shards[place.source].counters.add(samples=1, **spent)
         extra = {name: value for name, value in row.items() if name not in _PRIVATE} | _timestamps(times, spans)
