@@ -1,6 +1,7 @@
 """What the log says of the data: shares, bad records by source, times; counted by workers, summed over ranks."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from data_pipeline.dataset import ClipDataset
 from data_pipeline.decode import DecodeError
 from data_pipeline.figures import DataFigures
 from data_pipeline.loader import build_loader
+from tests.train.test_health import Poison
 from vjepa.train.data_counts import DataCounts
 from vjepa.train.distributed import World
 
@@ -53,7 +55,7 @@ def test_samples_of_each_source_are_counted_in_whatever_process(debug_shards: Pa
     assert {name: fields["samples"] for name, fields in counted.items()} == {
         name: sources.count(name) for name in ("much", "little")
     }
-    assert all(fields["decode_seconds"] > fields["crop_seconds"] > 0 for fields in counted.values())
+    assert all(fields["decode_seconds"] > 0 and fields["crop_seconds"] > 0 for fields in counted.values())
     assert all(fields["bad"] == 0 for fields in counted.values())
 
 
@@ -115,6 +117,23 @@ def test_a_resumed_run_counts_from_where_it_goes_on(debug_run: DebugRun, tmp_pat
     assert all(row["data/clips_per_second"] > 0 for row in again)
     assert again[:4] == whole[:4]
     assert all(row["data/video/debug/decode_ms"] > 0 for row in again)
+
+
+def test_after_a_roll_back_the_new_loader_is_counted_from_zero(
+    debug_run: DebugRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, spent = DataFigures.figures, []
+
+    def look(self: DataFigures, since: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, float]:
+        spent.append((since["video/debug/samples"], whole["video/debug/samples"]))
+        return figures(self, since, whole)
+
+    monkeypatch.setattr(DataFigures, "figures", look)
+    Poison(monkeypatch, {6: math.nan})
+    policy = ("train.health.non_finite=roll_back", "train.checkpoint.every=4", "train.log_every=1", "train.steps=8")
+    assert len(rows(debug_run(tmp_path / "run", *policy))) == 8
+    assert [since for since, _ in spent] == [12.0] * 10, "six steps, then from the fifth to the eighth again"
+    assert [whole for _, whole in spent] == [12.0 * step for step in (1, 2, 3, 4, 5, 6, 1, 2, 3, 4)]
 
 
 def test_a_source_with_too_many_bad_records_is_named_once_and_the_run_goes_on(
