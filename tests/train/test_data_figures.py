@@ -87,6 +87,19 @@ def test_figures_are_shares_and_milliseconds_a_sample(debug_shards: Path) -> Non
     }
 
 
+@pytest.mark.parametrize(("samples", "bad", "is_told"), [(200, 10, False), (200, 11, True), (199, 190, False)])
+def test_a_source_is_judged_by_the_limit_of_all_once_it_gave_enough_samples(
+    debug_shards: Path, samples: int, bad: int, is_told: bool
+) -> None:
+    figures = DataFigures(mixture(debug_shards))
+    figures.watch(ClipDataset(mixture(debug_shards), seed=0))
+    whole = dict.fromkeys(figures.read(), 0.0) | {
+        "video/little/samples": float(samples),
+        "video/little/bad": float(bad),
+    }
+    assert list(figures.alarms(whole)) == (["video/little"] if is_told else [])
+
+
 # -------------------------------------------------------------------------------------------------------- in the log
 
 
