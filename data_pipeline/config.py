@@ -12,6 +12,7 @@ from data_pipeline.stream import StreamConfig, is_stream
 
 Backend = Literal["auto", "torchcodec", "pyav"]
 ViewTimes = Literal["shared", "own"]
+AugmentOn = Literal["worker", "device"]
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -193,6 +194,9 @@ class DataConfig:
     """Image sources (T = 1); off without sources."""
     decoder: Backend = "auto"
     """`torchcodec` (needs FFmpeg), `pyav`, or `auto`: torchcodec where it imports, PyAV otherwise."""
+    augment_on: AugmentOn = "worker"
+    """Where a crop is resized and flipped: `worker`, or `device` (the training process's): less work for a worker, the
+    same crops, in place of a CPU's rounding a GPU's (at most one grey level); README, "On the device"."""
     workers: int = 2
     """Worker processes of each rank; 0 decodes in the training process. Never changes the samples."""
     prefetch: int = 2
@@ -221,6 +225,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.decoder in ("auto", "torchcodec", "pyav"), "decoder", self.decoder, "auto, torchcodec or pyav")
+        _require(self.augment_on in ("worker", "device"), "augment_on", self.augment_on, "worker or device")
         _require(self.workers >= 0, "workers", self.workers, "must not be negative")
         _require(self.prefetch >= 1, "prefetch", self.prefetch, "must be at least 1")
         _require(self.sample_timeout >= 0, "sample_timeout", self.sample_timeout, "must not be negative (seconds)")

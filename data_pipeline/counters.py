@@ -1,4 +1,4 @@
-"""What reading a source costs, counted by all worker processes of a rank and read by the training process."""
+"""What a source costs, counted by all worker processes of a rank and read by the training process."""
 
 import os
 import threading
@@ -17,6 +17,10 @@ FIELDS = (
     "cache_hits",  # records found in the local cache
     "cache_misses",  # records looked for and not found there
     "cache_failures",  # times the cache's disk refused
+    "samples",  # delivered
+    "bad",  # records that were rejected, each time that they were
+    "decode_seconds",  # bytes became frames
+    "crop_seconds",  # frames became views
 )
 
 

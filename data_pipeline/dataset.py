@@ -6,17 +6,20 @@ restart. A bad record is replaced by another one that depends on the same things
 
 import logging
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_pipeline.cache import RecordCache
 from data_pipeline.clips import random_view_times
 from data_pipeline.config import Backend, ClipConfig, DataConfig
 from data_pipeline.counters import Counters
+from data_pipeline.crop_later import cut_view
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
 from data_pipeline.in_flight import Attempt, InFlight
 from data_pipeline.plan import Place, Plan, Source, hash64
@@ -139,7 +142,7 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         return found
 
     def counters(self) -> dict[str, dict[str, dict[str, float]]]:
-        """`{modality: {source: {records, wait_seconds, requests, ...}}}`: what reading has cost (see `counters.py`).
+        """`{modality: {source: {records, wait_seconds, samples, ...}}}`: what the data have cost (see `counters.py`).
 
         Sums since the dataset was made, over this process and all workers; cheap enough for every step.
         """
@@ -187,22 +190,34 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         return plan.substitute(attempt.ordinal, attempt.number) if attempt.number else plan.locate(attempt.ordinal)
 
     def _load(self, attempt: Attempt, place: Place, rejected: tuple[BadSample, ...]) -> Sample:
+        opened = self._opened[attempt.modality]
+        data, row = opened.shards[place.source].read(place.index, verify=self.config.verify_bytes)
+        with self.in_flight.decoding(attempt):
+            views, timestamps = self._views(attempt, place, data)
+        extra = {name: value for name, value in row.items() if name not in _PRIVATE} | timestamps
+        source, modality = opened.names[place.source], attempt.modality
+        return Sample(attempt.ordinal, row["key"], source, modality, views, extra, rejected, opened.clip.views)
+
+    def _views(self, attempt: Attempt, place: Place, data: bytes) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """A record's views and their times, drawn for this attempt."""
         modality, ordinal, number = attempt
         opened, config = self._opened[modality], self.config
-        data, row = opened.shards[place.source].read(place.index, verify=config.verify_bytes)
         crops = opened.crops[place.source]
         generator = np.random.default_rng([self.seed, hash64(modality), ordinal, number])
-        with self.in_flight.decoding(attempt):
-            decoder = open_decoder(data, modality, backend=self.backend, max_pixels=config.max_pixels)
-            times, spans = random_view_times(decoder.info, crops, opened.clip.view_times, generator)
-            frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
-            views = tuple(make_view(frames[span], crop, generator) for span, crop in zip(spans, crops, strict=True))
-        extra = {name: value for name, value in row.items() if name not in _PRIVATE} | _timestamps(times, spans)
-        source = opened.names[place.source]
-        return Sample(ordinal, row["key"], source, modality, views, extra, rejected, opened.clip.views)
+        started = time.perf_counter()
+        decoder = open_decoder(data, modality, backend=self.backend, max_pixels=config.max_pixels)
+        times, spans = random_view_times(decoder.info, crops, opened.clip.view_times, generator)
+        frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
+        decoded = time.perf_counter()
+        make = make_view if config.augment_on == "worker" else cut_view
+        views = tuple(make(frames[span], crop, generator) for span, crop in zip(spans, crops, strict=True))
+        spent = {"decode_seconds": decoded - started, "crop_seconds": time.perf_counter() - decoded}
+        opened.shards[place.source].counters.add(samples=1, **spent)
+        return cast(tuple[Tensor, ...], views), _timestamps(times, spans)  # or what becomes a tensor on the device
 
     def _bad(self, modality: str, ordinal: int, place: Place, reason: str) -> BadSample:
         opened = self._opened[modality]
+        opened.shards[place.source].counters.add(bad=1)
         key = opened.shards[place.source].row(place.index)["key"]
         reason = _ADDRESS.sub("", reason)  # pillow names an object in memory: the same failure must read the same
         return BadSample(ordinal, modality, key, opened.names[place.source], reason)

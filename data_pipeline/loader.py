@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import ClipConfig, DataConfig
+from data_pipeline.crop_later import MOST_PIXELS
 from data_pipeline.dataset import ClipDataset
 from data_pipeline.plan import check_batch, micro_batches
 from data_pipeline.sample import Sample
@@ -166,6 +167,7 @@ def _check_shared_memory(config: DataConfig, micro: dict[str, int]) -> None:
     if not config.workers or not _SHM.is_dir():
         return
     each = sum(micro[modality] * clip_bytes(part.clip) for modality, part in config.modalities().items())
+    each *= 1 if config.augment_on == "worker" else MOST_PIXELS
     needed, free = config.workers * config.prefetch * each, shutil.disk_usage(_SHM).free
     if needed > _SHM_SHARE * free:
         raise ValueError(

@@ -27,7 +27,8 @@ class Sample:
     """One record, decoded and cropped.
 
     Every view is uint8 `[C, T, H, W]`, contiguous; the first `num_global` (0: all) are full-size crops, the
-    others local ones.
+    others local ones. With `data.augment_on=device` a CropLater stands for each, which has the tensor's shape and
+    becomes one on the training device.
     `extra` holds `timestamps` of the first view (float64 `[T]`, seconds inside the record), where views differ in
     time `view_timestamps` (one such array for each), and the record's own metadata: `start` (seconds inside the
     original file), `source_path`, labels.

@@ -56,20 +56,35 @@ def centre_box(height: int, width: int, *, aspect: float = 1.0) -> Box:
 
 def crop_resize(frames: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     """The same box of every frame at `size` (height, width): uint8 `[T, C, H0, W0]` -> `[C, T, H, W]`, contiguous."""
+    return resize(cut(frames, box), size).permute(1, 0, 2, 3).contiguous()
+
+
+def cut(frames: Tensor, box: Box) -> Tensor:
+    """A view of the same box of every frame: `[T, C, H0, W0]` -> `[T, C, H, W]`."""
     top, left, height, width = box
-    crop = frames[:, :, top : top + height, left : left + width]
-    if (height, width) != size:
-        crop = F.interpolate(crop, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return crop.permute(1, 0, 2, 3).contiguous()
+    return frames[:, :, top : top + height, left : left + width]
+
+
+def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """All frames at `size` (height, width), on a CPU: uint8 `[T, C, H0, W0]` -> `[T, C, H, W]`."""
+    if tuple(frames.shape[-2:]) == size:
+        return frames
+    return F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def draw_crop(frames: Tensor, config: ClipConfig, generator: np.random.Generator) -> tuple[Box, bool]:
+    """A random box of these frames `[T, C, H0, W0]`, and whether it is to be mirrored."""
+    height, width = frames.shape[-2:]
+    scale, aspect = (config.scale_min, config.scale_max), (config.aspect_min, config.aspect_max)
+    box = random_resized_box(height, width, generator, scale=scale, aspect=aspect)
+    return box, bool(generator.random() < config.flip)
 
 
 def make_view(frames: Tensor, config: ClipConfig, generator: np.random.Generator) -> Tensor:
     """A random resized crop with a random flip: uint8 `[T, C, H0, W0]` -> `[C, T, size, size]`, contiguous."""
-    height, width = frames.shape[-2:]
-    scale, aspect = (config.scale_min, config.scale_max), (config.aspect_min, config.aspect_max)
-    box = random_resized_box(height, width, generator, scale=scale, aspect=aspect)
+    box, is_flipped = draw_crop(frames, config, generator)
     view = crop_resize(frames, box, (config.size, config.size))
-    return view.flip(-1) if generator.random() < config.flip else view
+    return view.flip(-1) if is_flipped else view
 
 
 def make_eval_view(frames: Tensor, size: int) -> Tensor:

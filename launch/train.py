@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from data_pipeline.figures import DataFigures
 from data_pipeline.loader import build_loader
 from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
@@ -54,10 +55,11 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
             config.objective, config.model, config.predictor, seed=config.train.seed, device="meta"
         )
         frozen = freeze_unused(objective, list(batch))
+        data_figures = DataFigures(config.data)
         trainer = Trainer(
             config.train,
             objective,
-            _batches(config, world, num_micro_batches),
+            _batches(config, world, num_micro_batches, data_figures),
             num_micro_batches=num_micro_batches,
             world=world,
             run=run,
@@ -65,6 +67,7 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
             title=f"{config.recipe}/{config.stage}",
             config_hash=numbers_hash(config),
             fill=lambda objective: _fill(config, objective, world, resume=resume),
+            data_counters=data_figures,
         )
         if resume:
             step = trainer.resume()
@@ -100,8 +103,10 @@ def _open_run(run: RunDir, config: RunConfig, resume: bool) -> None:
     run.describe(to_yaml(config), ROOT)
 
 
-def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callable[[int, int], Generator[MicroBatch]]:
-    """The loader's stream from any step on, with masks drawn in its workers."""
+def _batches(
+    config: RunConfig, world: World, num_micro_batches: int, data_figures: DataFigures
+) -> Callable[[int, int], Generator[MicroBatch]]:
+    """The loader's stream from any step on, with masks drawn in its workers; `data_figures` watches it."""
     batch = config.train.batch.as_dict()
     collate = MaskCollator(
         config.masks,
@@ -132,6 +137,7 @@ def _batches(config: RunConfig, world: World, num_micro_batches: int) -> Callabl
             stop_step=end,
             collate=collate,
         )
+        data_figures.watch(loader.dataset)
         yield from cast(Iterable[MicroBatch], loader)
 
     return stream

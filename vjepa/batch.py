@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -50,12 +50,25 @@ class Mask:
         return replace(self, context=self.context.pin_memory(), masked=self.masked.pin_memory())
 
 
+class ViewsLater(Protocol):
+    """Stands for views [B, C, T, H, W] in a batch whose loader leaves the last step of making them to the device."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    def __getitem__(self, clips: slice, /) -> ViewsLater: ...
+    def pin_memory(self) -> ViewsLater: ...
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Tensor:
+        """The views, uint8 and contiguous; the same ones each time."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one modality.
 
     Masks and grid are those of the first view. The first `num_global` views show most of a frame at full size, the
     others are local: smaller crops, maybe of fewer frames, each with a grid of its own.
+    Until `to`, a ViewsLater may stand for a view; it has the tensor's shape.
     """
 
     modality: Modality

@@ -19,6 +19,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The only numbers that may differ.
 TIMINGS = {"step_seconds", "data_wait", "clips_per_second", "tokens_per_second", "tflops_per_second"}
+TIMED = "data/"  # what the data cost, counted from where a process began or went on
 DEATH_PATIENCE_S = 10.0
 RUN_PATIENCE_S = 240.0
 
@@ -194,7 +195,8 @@ def check_resume(output: str, newest: int, *, may_be_silent: bool = False) -> in
 
 
 def numbers(row: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name not in TIMINGS}
+    """All that is logged but what may differ."""
+    return {name: value for name, value in row.items() if name not in TIMINGS and not name.startswith(TIMED)}
 
 
 def compare(run_dir: Path, reference: Path) -> None:

@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vjepa.train.metrics import MetricsWriter
 from vjepa.train.run_dir import RunDir, RunDirError
@@ -38,6 +39,8 @@ def test_a_full_disk_is_named_with_file_and_step_and_the_rows_before_it_stay(sma
 
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     with closing(MetricsWriter(tmp_path / "metrics.jsonl", start_step=0, tensorboard=True)) as writer:
-        writer.write({"step": 3, "loss": 0.5})
-    (events,) = tmp_path.glob("events.*")
-    assert b"loss" in events.read_bytes()
+        writer.write({"step": 3, "loss": 0.5, "data/video/little/share": 0.25})
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert read.Tags()["scalars"] == ["loss", "data/video/little/share"]
+    for name, value in (("loss", 0.5), ("data/video/little/share", 0.25)):
+        assert [(event.step, event.value) for event in read.Scalars(name)] == [(3, value)]

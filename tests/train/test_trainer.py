@@ -19,7 +19,7 @@ from data_pipeline.decode import DecodeError
 from data_pipeline.in_flight import Attempt
 from launch.config import load_config
 from launch.export import export_run
-from tests.benchmarks.campaign import TIMINGS
+from tests.benchmarks.campaign import numbers as numbers_of
 from vjepa.config import build_models
 from vjepa.objectives.jepa import JEPA
 from vjepa.objectives.terms import MaskedPrediction, Outputs
@@ -41,7 +41,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 def numbers(run_dir: Path) -> list[dict[str, float]]:
     """All that is logged but the timings."""
-    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows(run_dir)]
+    return [numbers_of(row) for row in rows(run_dir)]
 
 
 def saved_steps(run_dir: Path) -> list[int]:

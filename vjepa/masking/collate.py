@@ -18,7 +18,10 @@ from vjepa.masking.blocks import BlockMaskConfig, Truncate, group_masks, kept_to
 
 
 class SampleLike(Protocol):
-    """What the door asks of a sample; views are uint8 [C, T, H, W], the first `num_global` (0: all) global ones."""
+    """What the door asks of a sample; views are uint8 [C, T, H, W], the first `num_global` (0: all) global ones.
+
+    What becomes a view on the device may stand for one: its class has a `stack`, which makes a ViewsLater of several.
+    """
 
     @property
     def ordinal(self) -> int: ...
@@ -107,7 +110,7 @@ class MaskCollator:
         modality: Modality = "video" if first.modality == "video" else "image"
         ordinals = tuple(sample.ordinal for sample in samples)
         step = ordinals[0] // self.batch[modality]
-        views = tuple(torch.stack(view) for view in zip(*(sample.views for sample in samples), strict=True))
+        views = tuple(_stack(view) for view in zip(*(sample.views for sample in samples), strict=True))
         grid = self._grid(views[0])
         return Batch(
             modality=modality,
@@ -188,6 +191,11 @@ class MaskCollator:
     def _grid(self, clips: Tensor) -> Grid:
         frames, height, width = clips.shape[2:]
         return max(1, frames // self.tubelet_size), height // self.patch_size, width // self.patch_size
+
+
+def _stack(views: Sequence[Any]) -> Tensor:
+    """The same view of all clips, or what becomes it on the device: a ViewsLater."""
+    return torch.stack(list(views)) if isinstance(views[0], Tensor) else type(views[0]).stack(views)
 
 
 def _names(samples: Sequence[SampleLike]) -> list[str]:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vjepa.batch import Batch, Mask, MicroBatch, Modality
 from vjepa.train.distributed import World
 from vjepa.train.health import NonFiniteError, SpikeError, Trouble, UnsoundStepError
 
 log = logging.getLogger(__name__)
+CPU = torch.device("cpu")
 MOST_KEYS_NAMED = 12
 MOST_CAPTURED = 5  # incidents of a run whose batches are kept
 REMEDIES = {
@@ -59,7 +61,7 @@ def note_incident(
         if world.is_main:
             (folder / "incident.json").write_text(json.dumps(told, indent=2) + "\n")
         if world.rank in blamed and kept < MOST_CAPTURED:
-            write_micro_batches(folder / f"rank_{world.rank}.pt", micro_batches)
+            write_micro_batches(folder / f"rank_{world.rank}.pt", micro_batches, world.device)
     except (OSError, RuntimeError) as error:  # the step is what counts; a full disk must not hide it
         log.warning("%s could not be written: %s", folder, error)
     named = ", ".join(key for keys in blamed.values() for key in keys[:MOST_KEYS_NAMED])
@@ -71,9 +73,11 @@ def note_incident(
     )
 
 
-def write_micro_batches(path: Path, micro_batches: Sequence[MicroBatch]) -> None:
-    """Pixels, masks and names of micro-batches, as plain tensors and numbers."""
-    torch.save([{modality: _plain(batch) for modality, batch in micro.items()} for micro in micro_batches], path)
+def write_micro_batches(path: Path, micro_batches: Sequence[MicroBatch], device: torch.device = CPU) -> None:
+    """Pixels, masks and names of micro-batches, as plain tensors and numbers; views made on `device` are made there."""
+    torch.save(
+        [{modality: _plain(batch, device) for modality, batch in micro.items()} for micro in micro_batches], path
+    )
 
 
 def read_micro_batches(path: Path) -> list[MicroBatch]:
@@ -82,12 +86,12 @@ def read_micro_batches(path: Path) -> list[MicroBatch]:
     return [{modality: _batch(modality, fields) for modality, fields in micro.items()} for micro in stored]
 
 
-def _plain(batch: Batch) -> dict[str, Any]:
+def _plain(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {
         "step": batch.step,
         "ordinals": list(batch.ordinals),
         "keys": list(batch.keys),
-        "views": list(batch.views),
+        "views": [view if isinstance(view, Tensor) else view.to(device).cpu() for view in batch.views],
         "masks": [(mask.context, mask.masked, mask.context_of) for mask in batch.masks],
         "grid": list(batch.grid),
         "num_global": batch.num_global,

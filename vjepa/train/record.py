@@ -22,6 +22,7 @@ from torch import Tensor
 from vjepa.batch import MicroBatch
 from vjepa.train.accounts import Accounts
 from vjepa.train.config import TrainConfig
+from vjepa.train.data_counts import DataCounters, DataCounts
 from vjepa.train.diagnostics import CollapseAlarms, CollapseError
 from vjepa.train.distributed import World
 from vjepa.train.health import Health, RollBack, Trouble
@@ -53,6 +54,7 @@ class Reading:
     row: dict[str, float]  # means over ranks
     clips: float
     trouble: Trouble | None
+    data: dict[str, float]  # sums over ranks
 
 
 @dataclass
@@ -69,6 +71,7 @@ class StepRecord:
     tokens: int = 0  # of all clips, masked or not
     flops: int = 0
     waited: float = 0.0  # seconds, for data
+    data: dict[str, float] = field(default_factory=dict)  # what this rank's data have cost so far, at logged steps
     num_micro_batches: int = 0
     is_diagnostic: bool = False
     own_loss: Tensor | None = None  # of this rank
@@ -98,7 +101,7 @@ class StepRecord:
         is_finite = torch.isfinite(self.own_loss) & torch.isfinite(grad_norm)
         device = grad_norm.device
         means = [value / self.num_micro_batches for value in self.sums.values()] + list(self.means.values())
-        told = [len(self.bad), self.clips, save_failed, *stop.as_list()]
+        told = [len(self.bad), self.clips, save_failed, *stop.as_list(), *self.data.values()]
         flags = torch.tensor(told, dtype=torch.float64, device=device)
         values = [value.to(device, torch.float64).reshape(1) for value in (*means, ~is_finite)]
         self.reduced = world.sum(torch.cat([*values, flags]))
@@ -117,11 +120,13 @@ class Recorder:
         max_bad_fraction: float,
         title: str,
         held_by: Sequence[str] = (),
+        data_counters: DataCounters | None = None,
     ) -> None:
         self.config, self.run, self.world, self.max_bad_fraction = config, run, world, max_bad_fraction
         self.alarms = CollapseAlarms(config.alarms, held_by)
         self.health = Health(config.health)
         self.accounts = Accounts(world.device)
+        self.data = DataCounts(data_counters, world)
         self.samples_seen, self.bad_seen = 0, 0
         self.final_loss = math.nan
         self.stop_signal = 0
@@ -132,7 +137,8 @@ class Recorder:
         self._display: ProgressDisplay | None = None
 
     def open(self) -> None:
-        """Open the run's files on the main rank."""
+        """Open the run's files on the main rank; the data are counted from here on."""
+        self.data.restart()
         if self.world.is_main:
             self._writer = MetricsWriter(
                 self.run.metrics, start_step=self.start_step, tensorboard=self.config.tensorboard
@@ -155,6 +161,17 @@ class Recorder:
         """One line for people, on the main rank."""
         if self._display is not None:
             self._display.message(text)
+
+    def is_due(self, record: StepRecord) -> bool:
+        """Whether a sound step gets a row."""
+        is_due = record.step % self.config.log_every == 0 or record.step == self.config.steps
+        return is_due or record.is_diagnostic
+
+    def count_data(self, record: StepRecord) -> None:
+        """Count a step's data; where it gets a row, all ranks' sums so far travel with its numbers."""
+        self.data.add(clips=record.clips, waited=record.waited)
+        if self.is_due(record):
+            record.data = self.data.snapshot()
 
     def hand_over(self, record: StepRecord) -> None:
         """Take a step's record and read the one before it."""
@@ -187,7 +204,8 @@ class Recorder:
         values = record.reduced.tolist()
         count = len(record.names)
         row = {name: value / self.world.size for name, value in zip(record.names, values[:count], strict=True)}
-        non_finite, bad, clips, save_failed, *signals = values[count:]
+        non_finite, bad, clips, save_failed, *rest = values[count:]
+        signals, data = rest[: len(STOP_SIGNALS)], dict(zip(record.data, rest[len(STOP_SIGNALS) :], strict=True))
         self.samples_seen += int(clips)
         self.save_failed |= bool(save_failed)
         for signum, received in zip(STOP_SIGNALS, signals, strict=True):
@@ -198,7 +216,7 @@ class Recorder:
         trouble = self.health.judge(record.step, row, is_finite=not non_finite)
         if trouble is not None:
             self._face(trouble, record, row)
-        record.read = Reading(row, clips, trouble)
+        record.read = Reading(row, clips, trouble, data)
         return record.read
 
     def _face(self, trouble: Trouble, record: StepRecord, row: dict[str, float]) -> None:
@@ -221,9 +239,10 @@ class Recorder:
             self._write(record, finite | {"skipped": 1.0}, reading.clips)
             return
         self.final_loss = reading.row["loss"]
-        is_due = record.step % self.config.log_every == 0 or record.step == self.config.steps
-        if is_due or record.is_diagnostic:
-            row = self._write(record, reading.row, reading.clips)
+        if self.is_due(record):
+            row = self._write(record, reading.row | self.data.row(reading.data), reading.clips)
+            for text in self.data.alarms():
+                self.message(f"ALARM at step {record.step}: {text}")
             alarms = self.alarms.observe_named(record.step, row)
             for text in alarms.values():
                 self.message(f"ALARM at step {record.step}: {text}")

@@ -26,6 +26,7 @@ from vjepa.objectives.outputs import Outputs
 from vjepa.objectives.terms import term_kinds
 from vjepa.train import checkpoint
 from vjepa.train.config import TrainConfig
+from vjepa.train.data_counts import DataCounters
 from vjepa.train.distributed import World
 from vjepa.train.health import RollBack
 from vjepa.train.latents import latent_diagnostics
@@ -52,7 +53,7 @@ class Trainer:
 
     An objective on the meta device gets its memory and, by `fill`, its values once it is spread over the ranks.
     `batches(first, end)` yields `num_micro_batches` micro-batches per step for this rank, for the steps from `first` up
-    to and without `end`.
+    to and without `end`; `data_counters` is asked at logged steps what they have cost.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Trainer:
         title: str = "train",
         config_hash: str = "",
         fill: Callable[[JEPA], None] | None = None,
+        data_counters: DataCounters | None = None,
     ) -> None:
         self.config, self.world, self.run = config, world, run
         self.batches, self.num_micro_batches = batches, num_micro_batches
@@ -83,6 +85,7 @@ class Trainer:
             max_bad_fraction=max_bad_fraction,
             title=title,
             held_by=prevention(objective.config.target, term_kinds(objective.config.terms)),
+            data_counters=data_counters,
         )
         self.probes = build_probes(config.probe, objective, world)
         self.step = 0  # completed steps
@@ -148,6 +151,7 @@ class Trainer:
         self._look(record, result.outputs, micro_batch)
         grad_norm = self._gradient_norm()
         record.means["grad_norm"] = full(grad_norm)
+        self.recorder.count_data(record)
         record.reduce(self.world, stop, save_failed=self.saver.has_failed)
         if not self.recorder.must_skip(record):
             self._update(grad_norm)
