@@ -22,6 +22,8 @@ class Folder(Protocol):
     """Files by name, whole or in parts. Every method raises ShardError with the file's full name and what to do."""
 
     is_remote: bool
+    checked_at_opening: int
+    """How many tars' sizes are looked at when the folder is opened."""
 
     def call(self, name: str) -> str:
         """The file's full name, for messages."""
@@ -36,15 +38,11 @@ class Folder(Protocol):
         ...
 
     def index(self, name: str, sha256: str) -> bytes:
-        """An index file's bytes, which have this sum; its rows can be had from `row` afterwards."""
+        """An index file's bytes, which have this sum."""
         ...
 
-    def row(self, name: str, start: int, size: int) -> bytes:
-        """A row of an index file."""
-        ...
-
-    def record(self, row: dict[str, Any], verify: bool) -> bytes:
-        """A record's media bytes; RecordError where they have another sha256 than its row says."""
+    def record(self, row: dict[str, Any], tar_bytes: int, verify: bool) -> bytes:
+        """A record's media bytes, from a tar of this size; RecordError where their sha256 is not its row's."""
         ...
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -70,6 +68,7 @@ class LocalFolder:
     """A folder on a disk, read with pread."""
 
     is_remote = False
+    checked_at_opening = 1000  # milliseconds on a disk, a second on a slow network file system
 
     def __init__(self, path: Path, counters: Counters):
         self.path = path
@@ -92,21 +91,27 @@ class LocalFolder:
 
     def size(self, name: str) -> int:
         """See `Folder`."""
-        return self._there(name).stat().st_size
+        try:
+            return os.stat(self.path / name).st_size
+        except OSError as error:
+            raise _missing(self.path / name, error) from error
 
     def index(self, name: str, sha256: str) -> bytes:
         """See `Folder`."""
-        content = self._there(name).read_bytes()
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError as error:
+            raise _missing(self.path / name, error) from error
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ShardError(f"{self.call(name)}: differs from the sha256 in the manifest; {REDO}")
         return content
 
     def row(self, name: str, start: int, size: int) -> bytes:
-        """See `Folder`."""
+        """A row of an index file, where it lies."""
         return self._pread(self.path / name, size, start)
 
-    def record(self, row: dict[str, Any], verify: bool) -> bytes:
-        """See `Folder`."""
+    def record(self, row: dict[str, Any], tar_bytes: int, verify: bool) -> bytes:
+        """See `Folder`; a tar that has become shorter is noticed, one that has grown is not."""
         data = self._pread(self.path / row["shard"], row["size"], row["offset"])
         if verify and hashlib.sha256(data).hexdigest() != row["sha256"]:
             raise damaged(row)
@@ -120,12 +125,6 @@ class LocalFolder:
         """See `Folder`."""
         self._handles.close()
 
-    def _there(self, name: str) -> Path:
-        file = self.path / name
-        if not file.is_file():
-            raise ShardError(f"{file}: named by the manifest but missing; {REDO}")
-        return file
-
     def _pread(self, path: Path, size: int, offset: int) -> bytes:
         data = os.pread(self._handles.get(path), size, offset)
         while len(data) < size:  # a signal or a network file system may cut a read short; the end of the file is final
@@ -134,6 +133,12 @@ class LocalFolder:
                 raise ShardError(f"{path}: ends {size - len(data)} bytes early at {offset}; {REDO}")
             data += more
         return data
+
+
+def _missing(file: Path, error: OSError) -> ShardError:
+    if isinstance(error, FileNotFoundError):
+        return ShardError(f"{file}: named by the manifest but missing; {REDO}")
+    return ShardError(f"{file}: cannot be read ({error.strerror}); {REDO}")
 
 
 def damaged(row: dict[str, Any]) -> RecordError:

@@ -7,15 +7,11 @@ says: otherwise a bit that flipped on the way would look like a broken video.
 
 import hashlib
 import importlib.util
-import os
 import posixpath
 import re
-import tempfile
 import urllib.parse
-import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
 from typing import Any, TypeVar
 
 from data_pipeline.cache import RecordCache
@@ -40,15 +36,13 @@ class RemoteFolder:
     """
 
     is_remote = True
+    checked_at_opening = 16  # shows a wrong address, refused access, a half-finished upload; a request each
 
     def __init__(self, url: str, policy: RemoteConfig, cache: RecordCache | None, counters: Counters):
         self.url = re.sub(r"^(\w+):/+", r"\1://", url).rstrip("/")  # pathlib makes one slash of two
         check_address(self.url)
         self._policy, self._cache, self._counters = policy, cache, counters
-        self._sums: dict[str, str] = {}
-        self._totals: dict[str, int] = {}
         self._webs: PerProcess[Web] = PerProcess()
-        self._spool = _Spool()
         self._bucket = Bucket(self.url, policy) if scheme(url) in ("s3", "gs") else None
         _check_libraries(self.url, bucket=self._bucket is not None)
 
@@ -64,14 +58,12 @@ class RemoteFolder:
     def size(self, name: str) -> int:
         """See `Folder`; read off the answer to a request for the first byte."""
         try:
-            self._totals[name] = self._read(name, 0, 1).total
+            return self._read(name, 0, 1).total
         except PastEnd:
-            self._totals[name] = 0
-        return self._totals[name]
+            return 0
 
     def index(self, name: str, sha256: str) -> bytes:
         """See `Folder`."""
-        self._sums[name] = sha256
         content = self._cache.get(sha256, self._counters) if self._cache else None
         if content is None:
             content = self._checked(lambda: self._read(name).data, sha256)
@@ -79,24 +71,16 @@ class RemoteFolder:
                 raise ShardError(f"{self.call(name)}: differs from the sha256 in the manifest, twice; {_REDO}")
             if self._cache:
                 self._cache.put(sha256, content, self._counters, always=True)
-        if name not in self._spool:
-            self._spool.add(name, content)
         return content
 
-    def row(self, name: str, start: int, size: int) -> bytes:
-        """See `Folder`."""
-        if name not in self._spool:  # this process was not forked but spawned
-            self.index(name, self._sums[name])
-        return self._spool.read(name, start, size)
-
-    def record(self, row: dict[str, Any], verify: bool) -> bytes:
+    def record(self, row: dict[str, Any], tar_bytes: int, verify: bool) -> bytes:
         """See `Folder`; the sha256 is checked in any case."""
         sha256 = row["sha256"]
         data = self._cache.get(sha256, self._counters) if self._cache else None
         if self._cache:
             self._counters.add(**{"cache_misses" if data is None else "cache_hits": 1})
         if data is None:
-            data = self._checked(lambda: self._part(row["shard"], row["offset"], row["size"]), sha256)
+            data = self._checked(lambda: self._part(row, tar_bytes), sha256)
             if data is None:
                 raise damaged(row)
             if self._cache:
@@ -117,16 +101,16 @@ class RemoteFolder:
         """See `Folder`."""
         self._webs.forget()
 
-    def _part(self, name: str, first: int, size: int) -> bytes:
+    def _part(self, row: dict[str, Any], tar_bytes: int) -> bytes:
+        where = self.call(row["shard"])
         try:
-            reply = self._read(name, first, size)
+            reply = self._read(row["shard"], row["offset"], row["size"])
         except PastEnd as error:
-            raise ShardError(f"{self.call(name)}: ends before byte {first}, which its index names; {_REDO}") from error
-        expected = self._totals.get(name, reply.total)
-        if reply.total != expected or len(reply.data) < size:
+            raise ShardError(f"{where}: ends before byte {row['offset']}, which its index names; {_REDO}") from error
+        if reply.total != tar_bytes or len(reply.data) < row["size"]:
             raise ShardError(
-                f"{self.call(name)}: has {reply.total} bytes now, {expected} were expected: it was replaced while it "
-                f"is in use; {_REDO}, and resume"
+                f"{where}: {reply.total} bytes, but the manifest says {tar_bytes}: it is damaged, or was replaced "
+                f"while it is in use; {_REDO}, and resume"
             )
         return reply.data
 
@@ -152,48 +136,6 @@ class RemoteFolder:
             return reply
 
         return persist(attempt, self.call(name), self._policy, lambda: self._counters.add(retries=1))
-
-
-class _Spool:
-    """Index files in a temporary file without a name: on the local disk, and gone when its processes are.
-
-    A forked process reads on in its parent's file, and adds to one of its own.
-    """
-
-    def __init__(self) -> None:
-        self._places: dict[str, tuple[int, int]] = {}  # file descriptor, position
-        self._files: PerProcess[int] = PerProcess()
-        self._locks: PerProcess[Lock] = PerProcess()
-
-    def __reduce__(self) -> tuple[type["_Spool"], tuple[()]]:
-        return _Spool, ()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def add(self, name: str, content: bytes) -> None:
-        with self._locks.get(Lock):
-            try:
-                file = self._files.get(self._open)
-                base = os.fstat(file).st_size
-                written = 0
-                while written < len(content):
-                    written += os.pwrite(file, content[written:], base + written)
-            except OSError as error:
-                raise ShardError(
-                    f"no room for the shards' index files in {tempfile.gettempdir()} ({error.strerror}): set TMPDIR"
-                ) from error
-            self._places[name] = (file, base)
-
-    def read(self, name: str, start: int, size: int) -> bytes:
-        file, base = self._places[name]
-        return os.pread(file, size, base + start)
-
-    def _open(self) -> int:
-        file, name = tempfile.mkstemp(prefix="vjepa-index-")
-        os.unlink(name)
-        weakref.finalize(self, os.close, file)
-        return file
 
 
 def _check_libraries(url: str, *, bucket: bool) -> None:

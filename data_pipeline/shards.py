@@ -1,8 +1,9 @@
 """A folder of WebDataset tars with exact random access: open it, count it, read any record's bytes.
 
-The folder is a local one or lies behind HTTP or S3; records, their order and their bytes are the same. The index files
-stay on disk: a row is looked up by its line's position, so a folder of ten million records costs 80 MB and no Python
-objects. Local files are read with pread, which is safe after a fork.
+The folder is a local one or lies behind HTTP or S3; records, their order and their bytes are the same. Opening reads
+the manifest alone, which says how many records each shard has; a shard's index is read, and checked, when one of its
+records is first wanted. Where its rows begin is then kept for all of a rank's processes (see `rowfile.py`). Local files
+are read with pread, which is safe after a fork.
 """
 
 import base64
@@ -12,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,11 +26,13 @@ from data_pipeline.folders import REDO, Folder, LocalFolder, scheme
 from data_pipeline.per_process import PerProcess
 from data_pipeline.remote import RemoteFolder
 from data_pipeline.retries import RemoteConfig
+from data_pipeline.rowfile import RowFile
 
 __all__ = ["RecordError", "RemoteError", "ShardError", "Shards", "modalities", "pack_masks", "unpack_masks"]
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+_LOADS = 64  # indices that the threads of a process may read at once; threads that want the same one wait
 
 
 class Shards:
@@ -41,8 +45,10 @@ class Shards:
         cache: where records of the network are kept; not at all if None.
         counters: where reading is counted.
 
-    Raises ShardError when a file is missing, has another size than the manifest says, or is of another schema; as every
-    method does where a file cannot be read, and RemoteError where the network fails for longer than `remote` allows.
+    Raises ShardError where the manifest is missing or of another schema, or a tar is missing or has another size than
+    the manifest says; of a large set only some tars are looked at (1000 on a disk, 16 over the network, evenly spread).
+    The others, and every index, are checked when a record of theirs is first read. Every method raises ShardError where
+    a file is not as the manifest says, and RemoteError where the network fails for longer than `remote` allows.
     """
 
     def __init__(
@@ -60,9 +66,10 @@ class Shards:
         self._files = open_folder(path, self._remote, cache, self.counters)
         self.manifest = _read_manifest(self._files)
         self._entries = [entry for entry in self.manifest["shards"] if entry["modality"] == modality]
-        lines = self._files.map(self._row_starts, self._entries)
-        self._starts = np.concatenate(lines) if lines else np.zeros(0, np.int64)  # [rows + one end per shard]
-        self._ends = np.cumsum([len(line) - 1 for line in lines], dtype=np.int64)  # samples up to and with shard i
+        self._ends = np.cumsum([entry["samples"] for entry in self._entries], dtype=np.int64)  # up to and with shard i
+        self._rows = RowFile(len(self._entries))
+        self._loads: PerProcess[list[Lock]] = PerProcess()
+        self._files.map(self._check_tar, _spread(self._entries, self._files.checked_at_opening))
         self._ahead: PerProcess[Ahead[tuple[bytes, dict[str, Any]]]] = PerProcess()
 
     def __len__(self) -> int:
@@ -90,13 +97,13 @@ class Shards:
 
     def row(self, index: int) -> dict[str, Any]:
         """A record's index row (key, ext, offset, size, sha256, frames, fps, ...), plus `shard`, its tar's name."""
-        entry, start, end = self._row_place(index)
-        line = self._files.row(entry["index"], start, end - start)
+        shard, number = self._place(index)
+        entry, line = self._entries[shard], self._line(shard, number)
         try:
             return json.loads(line) | {"shard": entry["name"]}
         except ValueError as error:
             where = self._files.call(entry["index"])
-            raise ShardError(f"{where}: the row at byte {start} is not JSON ({error}); {REDO}") from error
+            raise ShardError(f"{where}: row {number} is not JSON ({error}); {REDO}") from error
 
     def read(self, index: int, *, verify: bool = False) -> tuple[bytes, dict[str, Any]]:
         """A record's media bytes and its index row; with `verify`, RecordError unless the sha256 agrees.
@@ -126,27 +133,52 @@ class Shards:
 
     def _load(self, index: int, verify: bool) -> tuple[bytes, dict[str, Any]]:
         row = self.row(index)
-        return self._files.record(row, verify), row
+        return self._files.record(row, self._entries[self._place(index)[0]]["bytes"], verify), row
 
-    def _row_place(self, index: int) -> tuple[dict[str, Any], int, int]:
+    def _place(self, index: int) -> tuple[int, int]:
+        """A record's shard, and which of its rows it is."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)}) of {self._files.call('')}")
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        at = index + shard  # every earlier shard holds one extra entry: where its last line ends
-        return self._entries[shard], int(self._starts[at]), int(self._starts[at + 1])
+        return shard, index - int(self._ends[shard]) + self._entries[shard]["samples"]
 
-    def _row_starts(self, entry: dict[str, Any]) -> np.ndarray:
-        """Byte positions of a shard's index rows and of their end: int64 `[samples + 1]`, checked with the manifest."""
-        size = self._files.size(entry["name"])
-        if size != entry["bytes"]:
-            where = self._files.call(entry["name"])
-            raise ShardError(f"{where}: {size} bytes, but the manifest says {entry['bytes']}; {REDO}")
+    def _line(self, shard: int, number: int) -> bytes:
+        """A row of a shard's index, which is read if this is the first of its rows that a process wants."""
+        if shard not in self._rows:
+            locks = self._loads.get(lambda: [Lock() for _ in range(_LOADS)])
+            with locks[shard % _LOADS]:
+                if shard not in self._rows:
+                    self._load_index(shard)
+        entry = self._entries[shard]
+        if isinstance(self._files, LocalFolder):
+            return self._files.row(entry["index"], *self._rows.span(shard, number))
+        return self._rows.row(shard, number, entry["samples"])
+
+    def _load_index(self, shard: int) -> None:
+        """Read a shard's index, hold it and the tar against the manifest, and keep where its rows begin."""
+        entry = self._entries[shard]
+        if not self._files.is_remote:  # of a remote tar, every answer tells the size
+            self._check_tar(entry)
         content = self._files.index(entry["index"], entry["index_sha256"])
         ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")) + 1
         if len(ends) != entry["samples"]:
             where = self._files.call(entry["index"])
             raise ShardError(f"{where}: {len(ends)} rows, but the manifest says {entry['samples']}; {REDO}")
-        return np.concatenate([np.zeros(1, np.int64), ends.astype(np.int64)])
+        positions = np.concatenate([np.zeros(1, np.int64), ends])
+        self._rows.add(shard, positions, content if self._files.is_remote else b"")
+
+    def _check_tar(self, entry: dict[str, Any]) -> None:
+        size = self._files.size(entry["name"])
+        if size != entry["bytes"]:
+            where = self._files.call(entry["name"])
+            raise ShardError(f"{where}: {size} bytes, but the manifest says {entry['bytes']}; {REDO}")
+
+
+def _spread(entries: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """All entries, or `most` of them at equal distances, the first and the last among them."""
+    if len(entries) <= most:
+        return entries
+    return [entries[i] for i in np.linspace(0, len(entries) - 1, most).round().astype(int)]
 
 
 def open_folder(path: str | Path, remote: RemoteConfig, cache: RecordCache | None, counters: Counters) -> Folder:

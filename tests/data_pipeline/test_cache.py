@@ -301,7 +301,7 @@ def test_a_full_disk_costs_one_warning_and_no_sample(
         patch.setattr(os, "rename", full)
         assert stream(built) == expected
     assert warnings_of_all.read_text().count("No space left on device; reading goes on without it") == 1
-    assert len(held(folder)) == 2  # the indices came before the disk was full
+    assert not held(folder)
     assert not list((folder / "parts").iterdir())
     failures = [source["debug"]["cache_failures"] for source in built.dataset.counters().values()]
     assert sum(failures) >= 1  # of whichever modality came first: then the cache rests

@@ -1,16 +1,23 @@
 """Claims: shards are plain WebDataset, read back exactly, and say clearly what is wrong with them."""
 
+import errno
 import hashlib
 import json
+import mmap
 import os
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from test_loader import config
 from webdataset.compat import WebDataset
 
+from data_pipeline.folders import LocalFolder
+from data_pipeline.loader import build_loader
 from data_pipeline.shards import RecordError, ShardError, Shards, modalities
 
 
@@ -93,8 +100,18 @@ def _short_tar(folder: Path) -> None:
     os.truncate(folder / "video-000000.tar", 5000)
 
 
+def _no_index(folder: Path) -> None:
+    (folder / "video-000000.index.jsonl").unlink()
+
+
 def _short_index(folder: Path) -> None:
     os.truncate(folder / "video-000000.index.jsonl", 300)
+
+
+def _wrong_count(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["samples"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +122,6 @@ def _short_index(folder: Path) -> None:
         (_half_manifest, r"manifest\.json: not JSON .*ingest .* again"),
         (_no_tar, r"video-000000\.tar: named by the manifest but missing; ingest .* again"),
         (_short_tar, r"video-000000\.tar: 5000 bytes, but the manifest says \d+; ingest .* again"),
-        (_short_index, r"video-000000\.index\.jsonl: differs from the sha256 .*ingest .* again"),
     ],
 )
 def test_a_damaged_folder_names_the_file_and_the_remedy(copy: Path, damage: Callable[[Path], None], message: str):
@@ -114,8 +130,115 @@ def test_a_damaged_folder_names_the_file_and_the_remedy(copy: Path, damage: Call
         Shards(copy, "video")
 
 
-def test_a_tar_cut_after_opening_is_a_clear_error_not_a_short_record(copy: Path):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_no_index, r"video-000000\.index\.jsonl: named by the manifest but missing; ingest .* again"),
+        (_short_index, r"video-000000\.index\.jsonl: differs from the sha256 .*ingest .* again"),
+        (_wrong_count, r"video-000000\.index\.jsonl: 10 rows, but the manifest says 11; ingest .* again"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_index_stops_a_run_by_name_at_its_first_record(
+    copy: Path, damage: Callable[[Path], None], message: str, workers: int
+):
+    damage(copy)
+    opened = Shards(copy, "video")  # the manifest is whole
+    for _ in range(2):
+        with pytest.raises(ShardError, match=message):
+            opened.read(0)
+    with pytest.raises(ShardError, match=message):
+        next(iter(build_loader(config(copy, workers), seed=0, batch={"video": 2, "image": 1})))
+
+
+def test_of_a_large_set_some_tars_are_looked_at_when_it_is_opened_the_others_when_they_are_first_read(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, _ = many_shards(shards, tmp_path / "many")
+    monkeypatch.setattr(LocalFolder, "checked_at_opening", 3)  # of ten: the first, the fifth and the last
+    os.truncate(folder / "7.tar", 9)
+    opened = Shards(folder, "video")
+    with pytest.raises(ShardError, match=r"7\.tar: 9 bytes, but the manifest says"):
+        opened.read(7)
+    opened.read(6)
+    (folder / "9.tar").unlink()
+    with pytest.raises(ShardError, match=r"9\.tar: named by the manifest but missing"):
+        Shards(folder, "video")
+
+
+def test_opening_reads_no_index_and_a_run_reads_each_one_once(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, rows = many_shards(shards, tmp_path / "many")
+    reads = np.frombuffer(mmap.mmap(-1, 80), np.int64)  # by shard, counted in the forked processes too
+    plain = LocalFolder.index
+
+    def counted(self: LocalFolder, name: str, sha256: str) -> bytes:
+        reads[int(name.partition(".")[0])] += 1
+        return plain(self, name, sha256)
+
+    monkeypatch.setattr(LocalFolder, "index", counted)
+    opened = Shards(folder, "video")
+    assert len(opened) == 10
+    assert opened.fingerprint == Shards(folder / "manifest.json", "video").fingerprint
+    assert not reads.any()
+    assert opened.row(3)["key"] == rows[3]["key"]
+    assert reads.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    for _ in range(2):  # one after the other: each reads what the ones before have not
+        child = os.fork()
+        if child == 0:
+            right = [opened.row(i)["key"] for i in range(10)] == [row["key"] for row in rows]
+            os._exit(0 if right else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert [opened.row(i)["key"] for i in range(10)] == [row["key"] for row in rows]
+    assert reads.tolist() == [1] * 10
+
+
+def many_shards(shards: Path, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """The ten videos in ten shards, all of the same tar's bytes; the folder and the rows."""
+    folder.mkdir()
+    tar = (shards / "video-000000.tar").read_bytes()
+    rows = [json.loads(line) for line in (shards / "video-000000.index.jsonl").read_text().splitlines()]
+    entries = []
+    for number, row in enumerate(rows):
+        (folder / f"{number}.tar").write_bytes(tar)
+        index = (json.dumps(row) + "\n").encode()
+        (folder / f"{number}.index.jsonl").write_bytes(index)
+        entry = {"name": f"{number}.tar", "index": f"{number}.index.jsonl", "modality": "video", "samples": 1}
+        entries.append(entry | {"bytes": len(tar), "index_sha256": hashlib.sha256(index).hexdigest()})
+    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "shards": entries}))
+    return folder, rows
+
+
+def test_processes_that_read_all_indices_at_once_see_the_same_rows(shards: Path, tmp_path: Path):
+    folder, rows = many_shards(shards, tmp_path / "many")
+    opened = Shards(folder, "video")
+    expected = [row["key"] for row in rows]
+    children = []
+    for worker in range(6):
+        child = os.fork()
+        if child == 0:
+            order = [(i + worker) % 10 for i in range(10)] * 20
+            os._exit(0 if all(opened.row(i)["key"] == expected[i] for i in order) else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+
+
+def test_a_full_temporary_folder_is_named(shards: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    opened = Shards(shards, "video")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(ShardError, match=r"no room for .*No space left.*set TMPDIR"):
+            opened.read(0)
+    assert opened.read(0)[0]
+
+
+def test_a_tar_cut_during_the_run_is_a_clear_error_not_a_short_record(copy: Path):
     opened = Shards(copy, "video")
+    opened.read(0)
     _short_tar(copy)
     with pytest.raises(ShardError, match=r"video-000000\.tar: ends \d+ bytes early"):
         opened.read(9)

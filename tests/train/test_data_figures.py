@@ -13,6 +13,7 @@ from data_pipeline import dataset
 from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.dataset import ClipDataset
 from data_pipeline.decode import DecodeError
+from data_pipeline.in_flight import Attempt
 from data_pipeline.figures import DataFigures
 from data_pipeline.loader import build_loader
 from tests.train.test_health import Poison
@@ -156,12 +157,12 @@ def test_a_source_with_too_many_bad_records_is_named_once_and_the_run_goes_on(
     sources = ("data.video.sources.debug.weight=19", f"data.video.sources.rotten.path={debug_shards}")
     load, seen = ClipDataset._load, []
 
-    def often_bad(self: ClipDataset, modality: str, ordinal: int, attempt: int, place: Any, rejected: Any) -> Any:
-        if modality == "video" and place.source == 1 and not attempt:
-            seen.append(ordinal)
+    def often_bad(self: ClipDataset, attempt: Attempt, place: Any, rejected: Any) -> Any:
+        if attempt.modality == "video" and place.source == 1 and not attempt.number:
+            seen.append(attempt.ordinal)
             if len(seen) % 4 == 0:
                 raise DecodeError("rotten")
-        return load(self, modality, ordinal, attempt, place, rejected)
+        return load(self, attempt, place, rejected)
 
     monkeypatch.setattr(dataset.ClipDataset, "_load", often_bad)
     monkeypatch.setattr("data_pipeline.figures.JUDGED_FROM", 8)
