@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from data_pipeline.cache import CacheConfig
 from data_pipeline.folders import scheme
 from data_pipeline.retries import RemoteConfig
 
-Backend = Literal["auto", "torchcodec", "pyav"]
+Backend = Literal["auto", "torchcodec", "pyav", "decord"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+DecodeDevice = Literal["cpu", "cuda"]
 ViewTimes = Literal["shared", "own"]
 
 
@@ -141,7 +143,15 @@ class DataConfig:
     image: ModalityConfig = field(default_factory=lambda: ModalityConfig(clip=ClipConfig(frames=1)))
     """Image sources (T = 1); off without sources."""
     decoder: Backend = "auto"
-    """`torchcodec` (needs FFmpeg), `pyav`, or `auto`: torchcodec where it imports, PyAV otherwise."""
+    """`torchcodec` (needs FFmpeg), `pyav`, `decord` (unmaintained; in a process of its own), or `auto`: torchcodec
+    where it imports, PyAV otherwise."""
+    decode_device: DecodeDevice = "cpu"
+    """`cuda`: torchcodec decodes, crops and resizes videos on the rank's GPU (needs a torchcodec built with CUDA)."""
+    decode_isolated: bool = False
+    """Decode each worker's videos in a process of its own, whatever the decoder: a file that crashes or hangs it is one
+    bad sample."""
+    decode_timeout: float = 60.0
+    """Seconds such a process may take to open a file, and again to decode its frames, before it is stopped."""
     workers: int = 2
     """Worker processes of each rank; 0 decodes in the training process. Never changes the samples."""
     prefetch: int = 2
@@ -162,7 +172,8 @@ class DataConfig:
     """Local cache of those sources; off without a folder."""
 
     def __post_init__(self) -> None:
-        _require(self.decoder in ("auto", "torchcodec", "pyav"), "decoder", self.decoder, "auto, torchcodec or pyav")
+        _require(self.decoder in BACKENDS, "decoder", self.decoder, f"must be one of {', '.join(BACKENDS)}")
+        self._check_decoding()
         _require(self.workers >= 0, "workers", self.workers, "must not be negative")
         _require(self.prefetch >= 1, "prefetch", self.prefetch, "must be at least 1")
         _require(self.worker_timeout >= 0, "worker_timeout", self.worker_timeout, "must not be negative (seconds)")
@@ -181,10 +192,25 @@ class DataConfig:
             f"must exceed remote.give_up + remote.timeout = {longest:g} s, or a dead server looks like a hung worker",
         )
 
+    @property
+    def needs_spawn(self) -> bool:
+        """Whether workers must be spawned: CUDA does not work in a forked process."""
+        return self.decode_device == "cuda" and bool(self.video.sources)
+
     def modalities(self) -> dict[str, ModalityConfig]:
         """The modalities that have sources, video first."""
         pairs = {"video": self.video, "image": self.image}
         return {name: config for name, config in pairs.items() if config.sources}
+
+    def _check_decoding(self) -> None:
+        device = self.decode_device
+        _require(device in ("cpu", "cuda"), "decode_device", device, "must be cpu or cuda")
+        by_cuda = self.decoder in ("auto", "torchcodec")
+        _require(device == "cpu" or by_cuda, "decode_device", device, f"is for torchcodec, not decoder={self.decoder}")
+        together = "cannot be isolated: use decode_isolated=false, or decode_device=cpu"
+        _require(device == "cpu" or not self.decode_isolated, "decode_device", device, together)
+        timeout = self.decode_timeout
+        _require(math.isfinite(timeout) and timeout > 0, "decode_timeout", timeout, "must be positive (seconds)")
 
     def _any_remote(self) -> bool:
         return any(scheme(source.path) for part in self.modalities().values() for source in part.sources.values())

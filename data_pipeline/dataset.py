@@ -15,6 +15,7 @@ from data_pipeline.clips import random_view_times
 from data_pipeline.config import Backend, ClipConfig, DataConfig
 from data_pipeline.counters import Counters
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
+from data_pipeline.nvdec import choose_device
 from data_pipeline.plan import Place, Plan, Source, hash64
 from data_pipeline.sample import BadSample, Sample
 from data_pipeline.shards import RecordError
@@ -59,7 +60,8 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
     def __init__(self, config: DataConfig, *, seed: int):
         self.config = config
         self.seed = seed
-        self.backend: Backend = choose_backend(config.decoder) if config.video.sources else config.decoder
+        self.backend: Backend = _backend(config)
+        self.device = choose_device(config.decode_device) if config.video.sources else "cpu"
         self._opened: dict[str, _Modality] = {}
         self.plans: dict[str, Plan] = {}
         cache = RecordCache(config.cache.dir, int(config.cache.max_gb * 1e9)) if config.cache.dir else None
@@ -143,10 +145,20 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         opened, config = self._opened[modality], self.config
         data, row = opened.shards[place.source].read(place.index, verify=config.verify_bytes)
         generator = np.random.default_rng([self.seed, hash64(modality), ordinal, attempt])
-        decoder = open_decoder(data, modality, backend=self.backend, max_pixels=config.max_pixels)
+        decoder = open_decoder(
+            data,
+            modality,
+            backend=self.backend,
+            max_pixels=config.max_pixels,
+            device=self.device,
+            isolated=config.decode_isolated,
+            timeout=config.decode_timeout,
+        )
         times, spans = random_view_times(decoder.info, opened.crops, opened.clip.view_times, generator)
         frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
-        views = tuple(make_view(frames[span], crop, generator) for span, crop in zip(spans, opened.crops, strict=True))
+        views = tuple(
+            make_view(frames[span], crop, generator).cpu() for span, crop in zip(spans, opened.crops, strict=True)
+        )
         extra = {name: value for name, value in row.items() if name not in _PRIVATE} | _timestamps(times, spans)
         source = opened.names[place.source]
         return Sample(ordinal, row["key"], source, modality, views, extra, rejected, opened.clip.views)
@@ -155,6 +167,13 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         opened = self._opened[modality]
         key = opened.shards[place.source].row(place.index)["key"]
         return BadSample(ordinal, modality, key, opened.names[place.source], reason)
+
+
+def _backend(config: DataConfig) -> Backend:
+    """The decoder of this run; a GPU is torchcodec's alone."""
+    if not config.video.sources:
+        return config.decoder
+    return choose_backend("torchcodec" if config.decode_device == "cuda" else config.decoder)
 
 
 def _timestamps(times: np.ndarray, spans: list[slice]) -> dict[str, Any]:

@@ -17,6 +17,12 @@ class DecodeError(ValueError):
     """A record cannot be decoded; the message is the reason, in one line."""
 
 
+def one_line(error: Exception) -> str:
+    """The exception's name and the first line of what it says, at most 200 characters of it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+
+
 @dataclass(frozen=True)
 class MediaInfo:
     """Facts taken from the content, not from the header: frame count, frames per second, seconds, pixels, codec.

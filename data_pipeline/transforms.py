@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,8 +60,15 @@ def crop_resize(frames: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     top, left, height, width = box
     crop = frames[:, :, top : top + height, left : left + width]
     if (height, width) != size:
-        crop = F.interpolate(crop, size=size, mode="bilinear", antialias=True, align_corners=False)
+        crop = _resize(crop, size)
     return crop.permute(1, 0, 2, 3).contiguous()
+
+
+def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 in and out; only the CPU's kernel resamples uint8 as it is."""
+    source = frames if frames.device.type == "cpu" else frames.float()
+    resized = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return resized if resized.dtype == torch.uint8 else resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def make_view(frames: Tensor, config: ClipConfig, generator: np.random.Generator) -> Tensor:

@@ -32,6 +32,8 @@ FREE_ON_RESUME = (
     "data.workers",
     "data.prefetch",
     "data.worker_timeout",
+    "data.decode_isolated",
+    "data.decode_timeout",
     "data.max_bad_fraction",
     "data.remote",
     "data.cache",

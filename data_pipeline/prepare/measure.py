@@ -6,7 +6,7 @@ import time
 import numpy as np
 import torch
 
-from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
+from data_pipeline.config import BACKENDS, ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.dataset import ClipDataset
 
 _WARM = 3  # clips loaded before the clock starts: imports, page cache
@@ -54,7 +54,7 @@ def main() -> int:
 
 def add_clip(parser: argparse.ArgumentParser) -> None:
     """`--decoder`, `--frames`, `--fps` and `--size`: what is loaded."""
-    parser.add_argument("--decoder", choices=("auto", "torchcodec", "pyav"), default="auto")
+    parser.add_argument("--decoder", choices=BACKENDS, default="auto")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
     parser.add_argument("--fps", type=float, default=4.0, help="frames per second of a clip")
     parser.add_argument("--size", type=int, default=256, help="height and width of a clip")
