@@ -17,8 +17,8 @@ def quarter_turns(rotation: float) -> int:
 
 
 def open_bytes(data: bytes) -> InputContainer:
-    """A container over a file's bytes."""
-    return av.open(io.BytesIO(data), mode="r")
+    """A container over a file's bytes; a title that is no UTF-8 does not make a video unreadable."""
+    return av.open(io.BytesIO(data), mode="r", metadata_errors="replace")
 
 
 def video_stream(container: InputContainer) -> VideoStream:

@@ -1,4 +1,6 @@
-"""The three decoders: torchcodec and PyAV for videos (same frames for the same times), pillow for images.
+"""The decoders of this process: torchcodec and PyAV for videos (same frames for the same times), pillow for images.
+
+decord works in a process of its own: see isolated.py.
 
 torchcodec is imported only when its decoder is made: it needs FFmpeg on the machine. PyAV carries its own.
 """
@@ -14,16 +16,23 @@ from data_pipeline.avfile import frame_stamps, open_bytes, quarter_turns, video_
 from data_pipeline.media import DecodeError, MediaInfo, check_info
 from data_pipeline.picture import upright_rgb
 
+_ROUNDING = 1e-6  # seconds
+
 
 class TorchCodecDecoder:
-    """torchcodec in exact seek mode on one thread: the fastest of the decoders measured, and always the right frame."""
+    """torchcodec in exact seek mode on one thread: the fastest of the decoders measured.
 
-    def __init__(self, data: bytes, max_pixels: int):
+    Where its frames' own times show that they are not those asked for, PyAV decodes them instead.
+    On `cuda:N` the frames are decoded by the GPU (by the CPU where its NVDEC does not know the codec) and stay there.
+    """
+
+    def __init__(self, data: bytes, max_pixels: int, device: str = "cpu"):
         from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
         if not data:
             raise DecodeError("empty file")
-        self._decoder = VideoDecoder(data, seek_mode="exact", num_ffmpeg_threads=1)
+        self._data, self._max_pixels, self._device = data, max_pixels, device
+        self._decoder = VideoDecoder(data, seek_mode="exact", num_ffmpeg_threads=1, device=device)
         facts = self._decoder.metadata
         begin, end = float(facts.begin_stream_seconds or 0.0), float(facts.end_stream_seconds or 0.0)
         count, header_fps = int(facts.num_frames or 0), float(facts.average_fps or 0.0)
@@ -38,7 +47,21 @@ class TorchCodecDecoder:
         if self.info.end <= self.info.begin:  # a single frame without a duration
             return self._decoder.get_frames_at([0] * len(times)).data
         last = np.nextafter(self.info.end, self.info.begin)
-        return self._decoder.get_frames_played_at(np.clip(times, self.info.begin, last).tolist()).data
+        asked = np.clip(times, self.info.begin, last)
+        found = self._sought(asked)
+        if found is None:  # it has sought past them: MPEG-TS, AVI with B-frames
+            return PyAvDecoder(self._data, self._max_pixels).frames_at(times).to(self._device)
+        return found
+
+    def _sought(self, times: np.ndarray) -> Tensor | None:
+        """The frames, or None where their own times show that they are not those asked for."""
+        try:
+            found = self._decoder.get_frames_played_at(times.tolist())
+        except RuntimeError as error:
+            if "no more frames left" in str(error):
+                return None
+            raise
+        return None if (found.pts_seconds.cpu().numpy() > times + _ROUNDING).any() else found.data
 
 
 class PyAvDecoder:
@@ -90,7 +113,7 @@ class PyAvDecoder:
                 stamp = frame.pts if frame.pts is not None else frame.dts
                 if stamp in wanted and stamp not in found:
                     found[stamp] = np.rot90(frame.to_ndarray(format="rgb24"), self._turns)
-                if len(found) == len(wanted) or (stamp is not None and stamp > last):
+                if len(found) == len(wanted) or (seek and stamp is not None and stamp > last):
                     break
         if len({frame.shape for frame in found.values()}) > 1:
             raise DecodeError("the frame size changes inside the stream")

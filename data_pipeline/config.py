@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from data_pipeline.cache import CacheConfig
 from data_pipeline.folders import scheme
@@ -10,7 +10,9 @@ from data_pipeline.plan import Order
 from data_pipeline.retries import RemoteConfig
 from data_pipeline.stream import StreamConfig, is_stream
 
-Backend = Literal["auto", "torchcodec", "pyav"]
+Backend = Literal["auto", "torchcodec", "pyav", "decord"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+DecodeDevice = Literal["cpu", "cuda"]
 ViewTimes = Literal["shared", "own"]
 AugmentOn = Literal["worker", "device"]
 
@@ -193,7 +195,13 @@ class DataConfig:
     image: ModalityConfig = field(default_factory=lambda: ModalityConfig(clip=ClipConfig(frames=1)))
     """Image sources (T = 1); off without sources."""
     decoder: Backend = "auto"
-    """`torchcodec` (needs FFmpeg), `pyav`, or `auto`: torchcodec where it imports, PyAV otherwise."""
+    """`torchcodec` (needs FFmpeg), `pyav`, `decord` (unmaintained; in a process of its own), or `auto`: torchcodec
+    where it imports, PyAV otherwise."""
+    decode_device: DecodeDevice = "cpu"
+    """`cuda`: torchcodec decodes, crops and resizes videos on the rank's GPU (needs a torchcodec built with CUDA)."""
+    decode_isolated: bool = False
+    """Decode each worker's videos in a process of its own, whatever the decoder: a file that crashes or hangs it is one
+    bad sample. For `workers=0`; workers are isolated and replaced anyway."""
     augment_on: AugmentOn = "worker"
     """Where a crop is resized and flipped: `worker`, or `device` (the training process's): less work for a worker, the
     same crops, in place of a CPU's rounding a GPU's (at most one grey level); README, "On the device"."""
@@ -224,8 +232,9 @@ class DataConfig:
     """Local cache of those sources; off without a folder."""
 
     def __post_init__(self) -> None:
-        _require(self.decoder in ("auto", "torchcodec", "pyav"), "decoder", self.decoder, "auto, torchcodec or pyav")
+        _require(self.decoder in BACKENDS, "decoder", self.decoder, f"must be one of {', '.join(BACKENDS)}")
         _require(self.augment_on in ("worker", "device"), "augment_on", self.augment_on, "worker or device")
+        self._check_decoding()
         _require(self.workers >= 0, "workers", self.workers, "must not be negative")
         _require(self.prefetch >= 1, "prefetch", self.prefetch, "must be at least 1")
         _require(self.sample_timeout >= 0, "sample_timeout", self.sample_timeout, "must not be negative (seconds)")
@@ -246,10 +255,30 @@ class DataConfig:
             f"must exceed remote.give_up + remote.timeout = {longest:g} s, or a dead server looks like a hung worker",
         )
 
+    @property
+    def needs_spawn(self) -> bool:
+        """Whether workers must be spawned: CUDA does not work in a forked process."""
+        return self.decode_device == "cuda" and bool(self.video.sources)
+
+    @property
+    def isolated_timeout(self) -> float:
+        """Seconds for an isolated decoder to open a file, and again to decode: before the sample's own time is up."""
+        return 0.4 * self.sample_timeout or math.inf
+
     def modalities(self) -> dict[str, ModalityConfig]:
         """The modalities that have sources, video first."""
         pairs = {"video": self.video, "image": self.image}
         return {name: config for name, config in pairs.items() if config.sources}
+
+    def _check_decoding(self) -> None:
+        device = self.decode_device
+        _require(device in ("cpu", "cuda"), "decode_device", device, "must be cpu or cuda")
+        by_cuda = self.decoder in ("auto", "torchcodec")
+        _require(device == "cpu" or by_cuda, "decode_device", device, f"is for torchcodec, not decoder={self.decoder}")
+        together = "cannot be isolated: use decode_isolated=false, or decode_device=cpu"
+        _require(device == "cpu" or not self.decode_isolated, "decode_device", device, together)
+        twice = "crops are made on the GPU that decoded them: use augment_on=worker, or decode_device=cpu"
+        _require(device == "cpu" or self.augment_on == "worker", "decode_device", device, twice)
 
     def _any_remote(self) -> bool:
         paths = [source.path for part in self.modalities().values() for source in part.sources.values()]

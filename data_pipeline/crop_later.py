@@ -11,11 +11,10 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.config import ClipConfig
-from data_pipeline.transforms import crop_resize, cut, draw_crop, resize
+from data_pipeline.transforms import crop_resize, cut, draw_crop, resize, resize_in_floats
 
 MOST_PIXELS = 2  # of a box that is sent, over those of the view: a larger one is resized where it was decoded
 
@@ -105,14 +104,6 @@ class CropsLater:
     def _starts(self) -> list[int]:
         """Where each clip's bytes begin, and where the last one's end."""
         return [0, *accumulate(3 * self.frames * height * width for height, width in self.boxes)]
-
-
-def resize_in_floats(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """`transforms.resize` for devices without uint8 resampling: uint8 `[T, C, H0, W0]` -> `[T, C, H, W]`."""
-    if tuple(frames.shape[-2:]) == size:
-        return frames
-    resized = F.interpolate(frames.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def cut_view(frames: Tensor, config: ClipConfig, generator: np.random.Generator) -> CropLater:

@@ -22,6 +22,7 @@ from data_pipeline.counters import Counters
 from data_pipeline.crop_later import cut_view
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
 from data_pipeline.in_flight import Attempt, InFlight
+from data_pipeline.nvdec import choose_device
 from data_pipeline.plan import Place, Plan, Source, hash64
 from data_pipeline.sample import BadSample, Sample
 from data_pipeline.shards import RecordError
@@ -85,7 +86,8 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
     def __init__(self, config: DataConfig, *, seed: int):
         self.config = config
         self.seed = seed
-        self.backend: Backend = choose_backend(config.decoder) if config.video.sources else config.decoder
+        self.backend: Backend = _backend(config)
+        self.device = choose_device(config.decode_device) if config.video.sources else "cpu"
         self.in_flight = InFlight(config.workers)
         self._opened: dict[str, _Modality] = {}
         self.plans: dict[str, Plan] = {}
@@ -205,11 +207,19 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         crops = opened.crops[place.source]
         generator = np.random.default_rng([self.seed, hash64(modality), ordinal, number])
         started = time.perf_counter()
-        decoder = open_decoder(data, modality, backend=self.backend, max_pixels=config.max_pixels)
+        decoder = open_decoder(
+            data,
+            modality,
+            backend=self.backend,
+            max_pixels=config.max_pixels,
+            device=self.device,
+            isolated=config.decode_isolated,
+            timeout=config.isolated_timeout,
+        )
         times, spans = random_view_times(decoder.info, crops, opened.clip.view_times, generator)
         frames = frames_at(decoder, times)  # [sum of T, C, H0, W0]
         decoded = time.perf_counter()
-        make = make_view if config.augment_on == "worker" else cut_view
+        make = _made_view if config.augment_on == "worker" else cut_view
         views = tuple(make(frames[span], crop, generator) for span, crop in zip(spans, crops, strict=True))
         spent = {"decode_seconds": decoded - started, "crop_seconds": time.perf_counter() - decoded}
         opened.shards[place.source].counters.add(samples=1, **spent)
@@ -221,6 +231,18 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
         key = opened.shards[place.source].row(place.index)["key"]
         reason = _ADDRESS.sub("", reason)  # pillow names an object in memory: the same failure must read the same
         return BadSample(ordinal, modality, key, opened.names[place.source], reason)
+
+
+def _made_view(frames: Tensor, config: ClipConfig, generator: np.random.Generator) -> Tensor:
+    """A view in the host's memory, wherever the frames were decoded."""
+    return make_view(frames, config, generator).cpu()
+
+
+def _backend(config: DataConfig) -> Backend:
+    """The decoder of this run; a GPU is torchcodec's alone."""
+    if not config.video.sources:
+        return config.decoder
+    return choose_backend("torchcodec" if config.decode_device == "cuda" else config.decoder)
 
 
 def _timestamps(times: np.ndarray, spans: list[slice]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -11,20 +12,32 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data_pipeline.backends import ImageDecoder, PyAvDecoder, TorchCodecDecoder
 from data_pipeline.config import Backend
-from data_pipeline.media import DecodeError, Decoder, MediaInfo
+from data_pipeline.isolated import IsolatedDecoder
+from data_pipeline.media import DecodeError, Decoder, MediaInfo, one_line
 
 __all__ = ["DecodeError", "Decoder", "MediaInfo", "choose_backend", "frames_at", "open_decoder"]
 
 log = logging.getLogger(__name__)
 _AV_LOG_FATAL = 8
+_INSTALL_DECORD = "pip install 'vjepa-pipeline[decord]' (x86-64 Linux only)"
 _INSTALL = "install FFmpeg (apt-get install --no-install-recommends ffmpeg)"
 
 
-def open_decoder(data: bytes, modality: str, *, backend: Backend = "auto", max_pixels: int = 4096 * 2304) -> Decoder:
+def open_decoder(
+    data: bytes,
+    modality: str,
+    *,
+    backend: Backend = "auto",
+    max_pixels: int = 4096 * 2304,
+    device: str = "cpu",
+    isolated: bool = False,
+    timeout: float = 60.0,
+) -> Decoder:
     """A decoder for these bytes, with its facts checked.
 
     Args:
@@ -32,15 +45,21 @@ def open_decoder(data: bytes, modality: str, *, backend: Backend = "auto", max_p
         modality: `video` or `image`.
         backend: which video decoder; images always go to pillow.
         max_pixels: largest height x width that is decoded.
+        device: where torchcodec decodes videos, from `choose_device`; the frames stay there.
+        isolated: decode videos in a process of its own, as decord always does.
+        timeout: seconds such a process may take to open the file, and again for each call of `frames_at`.
 
     Raises DecodeError for bytes that are not a sane video or image.
     """
     if modality not in ("video", "image"):
         raise ValueError(f"modality={modality!r}: must be video or image")
-    decoders = {"torchcodec": TorchCodecDecoder, "pyav": PyAvDecoder}
-    make = ImageDecoder if modality == "image" else decoders[choose_backend(backend)]
     with _one_error():
-        return make(data, max_pixels)
+        if modality == "image":
+            return ImageDecoder(data, max_pixels)
+        chosen = choose_backend(backend)
+        if chosen == "decord" or isolated:
+            return IsolatedDecoder(data, max_pixels, backend=chosen, timeout=timeout)
+        return TorchCodecDecoder(data, max_pixels, device) if chosen == "torchcodec" else PyAvDecoder(data, max_pixels)
 
 
 def frames_at(decoder: Decoder, times: np.ndarray) -> Tensor:
@@ -54,14 +73,18 @@ def frames_at(decoder: Decoder, times: np.ndarray) -> Tensor:
 
 
 @lru_cache
-def choose_backend(backend: Backend) -> Literal["torchcodec", "pyav"]:
+def choose_backend(backend: Backend) -> Literal["torchcodec", "pyav", "decord"]:
     """The video decoder that will be used. `auto` falls back to PyAV with one warning in the log.
 
-    Raises ValueError where torchcodec was asked for by name and does not load.
+    Raises ValueError where torchcodec or decord was asked for by name and does not load.
     """
     if backend == "pyav":
         _quiet_pyav()
         return "pyav"
+    if backend == "decord":
+        if importlib.util.find_spec("decord") is None:  # never imported here: it is the child's
+            raise ValueError(f"decoder=decord is not installed; {_INSTALL_DECORD}, or use auto")
+        return "decord"
     try:
         importlib.import_module("torchcodec")
     except (ImportError, RuntimeError, OSError) as error:  # without FFmpeg: RuntimeError with a hundred lines
@@ -84,11 +107,10 @@ def _one_error() -> Iterator[None]:
             yield
     except DecodeError:
         raise
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # the machine's trouble, not the file's
         raise
     except Exception as error:  # decoders raise RuntimeError, ValueError, IndexError, EOFError, OSError, KeyError, ...
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise DecodeError(f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}") from error
+        raise DecodeError(one_line(error)) from error
 
 
 def _quiet_pyav() -> None:

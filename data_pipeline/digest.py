@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
+from data_pipeline.config import BACKENDS, ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.loader import build_loader
 from data_pipeline.sample import Sample
 from data_pipeline.sources import source_modalities
@@ -81,5 +81,5 @@ def _parser() -> argparse.ArgumentParser:
     digest.add_argument("--fps", type=float, default=4.0)
     digest.add_argument("--size", type=int, default=112)
     digest.add_argument("--modality", choices=("video", "image"), help="default: video where the shards hold any")
-    digest.add_argument("--decoder", choices=("auto", "torchcodec", "pyav"), default="auto")
+    digest.add_argument("--decoder", choices=BACKENDS, default="auto")
     return parser

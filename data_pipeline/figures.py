@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import ClipDataset
+from data_pipeline.workers import Events
 
 JUDGED_FROM = 200  # samples of a source before its share of bad records is judged
 Sums = Mapping[str, float]
@@ -19,11 +20,12 @@ class DataFigures:
     def __init__(self, config: DataConfig):
         self._workers, self._limit = max(1, config.workers), config.max_bad_fraction
         self._dataset: ClipDataset | None = None
+        self._events = Events()
         self._started = time.perf_counter()
 
-    def watch(self, dataset: ClipDataset) -> None:
-        """Read this dataset from now on; its counts and the workers' time begin at zero."""
-        self._dataset, self._started = dataset, time.perf_counter()
+    def watch(self, dataset: ClipDataset, events: Events | None = None) -> None:
+        """Read this dataset, and what happens to its loader's workers, from now on; all begin at zero."""
+        self._dataset, self._events, self._started = dataset, events or Events(), time.perf_counter()
 
     def read(self) -> dict[str, float]:
         """Sums of this rank: every source's counters, and the seconds that its workers have had."""
@@ -36,7 +38,8 @@ class DataFigures:
             for source, fields in sources.items()
             for name, value in fields.items()
         }
-        return sums | {"worker_seconds": (time.perf_counter() - self._started) * self._workers}
+        events = {"workers_lost": self._events.died + self._events.timed_out, "workers_recycled": self._events.recycled}
+        return sums | events | {"worker_seconds": (time.perf_counter() - self._started) * self._workers}
 
     def figures(self, since: Sums, whole: Sums) -> dict[str, float]:
         """Figures of every source, from sums over ranks since the last row and since the dataset was made."""
@@ -50,7 +53,8 @@ class DataFigures:
             figures = all_of_it.shares(mixtures[modality]) | recent.costs() | recent.network()
             found |= {f"{modality}/{source}/{name}": value for name, value in figures.items()}
             busy += recent.seconds
-        return found | {"workers_busy": busy / max(since["worker_seconds"], 1e-9)}
+        events = {name: whole[name] for name in ("workers_lost", "workers_recycled")}
+        return found | events | {"workers_busy": busy / max(since["worker_seconds"], 1e-9)}
 
     def alarms(self, whole: Sums) -> dict[str, str]:
         """A line for every source with more bad records than `max_bad_fraction`, which bounds the sum over sources."""

@@ -83,7 +83,7 @@ class Loader:
                 in_flight=self.dataset.in_flight,
                 name=self.dataset.name,
                 events=self.events,
-                context=_context(),
+                context=_context(config),
             )
         ) as workers:
             yield from workers
@@ -140,9 +140,9 @@ def build_loader(
     return Loader(dataset, sampler, collate)
 
 
-def _context() -> str:
-    """fork where it exists: starts at once, and the shards' indexes are shared instead of read again."""
-    return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+def _context(config: DataConfig) -> str:
+    """fork where it exists and nothing forbids it: a worker starts at once."""
+    return "fork" if "fork" in multiprocessing.get_all_start_methods() and not config.needs_spawn else "spawn"
 
 
 def _check_modalities(config: DataConfig, batch: dict[str, int]) -> None:

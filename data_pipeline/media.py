@@ -1,6 +1,7 @@
 """What every decoder gives: the facts of a file, frames at given times, and one kind of error."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,11 +11,18 @@ if TYPE_CHECKING:
     from torch import Tensor  # ingest imports this module and does without torch
 
 MAX_FPS = 240.0
+_SOURCE_LINE = re.compile(r"(\[[\d:]+\]|\w+,) /\S+\.(cc|cpp):\d+[:,] ")  # "[17:52:50] /build/reader.cc:270: "
 EARLIEST, LATEST = -10.0, 100_000.0  # an edit list starts a little below 0; MPEG-TS clocks wrap at 95 444 s
 
 
 class DecodeError(ValueError):
     """A record cannot be decoded; the message is the reason, in one line."""
+
+
+def one_line(error: Exception) -> str:
+    """The exception's name and the first line of what it says, without C++ source lines; at most 200 characters."""
+    lines = [line for line in _SOURCE_LINE.sub("", str(error)).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
 @dataclass(frozen=True)

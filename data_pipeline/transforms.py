@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,10 +67,18 @@ def cut(frames: Tensor, box: Box) -> Tensor:
 
 
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """All frames at `size` (height, width), on a CPU: uint8 `[T, C, H0, W0]` -> `[T, C, H, W]`."""
+    """All frames at `size` (height, width): uint8 `[T, C, H0, W0]` -> `[T, C, H, W]`; in floats but on a CPU."""
     if tuple(frames.shape[-2:]) == size:
         return frames
+    if frames.device.type != "cpu":
+        return resize_in_floats(frames, size)
     return F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def resize_in_floats(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """`resize` for devices without uint8 resampling, which rounds twice: at most one grey level from it."""
+    resized = F.interpolate(frames.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def draw_crop(frames: Tensor, config: ClipConfig, generator: np.random.Generator) -> tuple[Box, bool]:

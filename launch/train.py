@@ -137,7 +137,7 @@ def _batches(
             stop_step=end,
             collate=collate,
         )
-        data_figures.watch(loader.dataset)
+        data_figures.watch(loader.dataset, loader.events)
         yield from cast(Iterable[MicroBatch], loader)
 
     return stream

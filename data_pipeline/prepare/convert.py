@@ -235,7 +235,7 @@ def _copied(item: Input, options: IngestOptions, scratch: Path, timeline: Timeli
 
 def _open(path: Path) -> InputContainer:
     try:
-        return av.open(str(path), mode="r")
+        return av.open(str(path), mode="r", metadata_errors="replace")
     except (FFmpegError, ValueError, EOFError) as error:  # UnicodeDecodeError is a ValueError
         raise DecodeError(f"cannot be opened as a video ({type(error).__name__})") from error
 

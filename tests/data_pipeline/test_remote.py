@@ -414,7 +414,7 @@ def test_a_forked_and_a_pickled_folder_read_on(shards: Path, web: str):
 def test_a_worker_that_was_not_forked_reads_the_same_and_its_counts_are_seen(
     shards: Path, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loader, "_context", lambda: "spawn")
+    monkeypatch.setattr(loader, "_context", lambda _: "spawn")
     settings = at(f"{web}/shards", 1, cache=CacheConfig(str(tmp_path), 1.0))
     built = build_loader(settings, seed=5, batch={"video": 4, "image": 1}, stop_step=2)
     assert stream(built) == stream(build_loader(config(shards), seed=5, batch={"video": 4, "image": 1}, stop_step=2))

@@ -173,7 +173,7 @@ def test_what_a_worker_raises_is_raised_at_its_place(shards: Path):
 
 
 def test_spawned_workers_give_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loader_module, "_context", lambda: "spawn")
+    monkeypatch.setattr(loader_module, "_context", lambda _: "spawn")
     assert stream(built(shards, workers=1)) == stream(built(shards, workers=0))
 
 

@@ -13,8 +13,8 @@ from data_pipeline import dataset
 from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.dataset import ClipDataset
 from data_pipeline.decode import DecodeError
-from data_pipeline.in_flight import Attempt
 from data_pipeline.figures import DataFigures
+from data_pipeline.in_flight import Attempt
 from data_pipeline.loader import build_loader
 from tests.train.test_health import Poison
 from vjepa.train.data_counts import DataCounts
