@@ -16,7 +16,7 @@ _WARM = 3  # clips loaded before the clock starts: imports, page cache
 def measure(
     shards: str, *, modality: str, clip: ClipConfig, decoder: str, clips: int, first: int = 0
 ) -> dict[str, float]:
-    """Load `clips` samples from ordinal `first`, here (and in its decoder's process); CPU and wall milliseconds a clip."""
+    """Load `clips` samples from ordinal `first`, here and in its decoder's process; CPU and wall ms a clip."""
     torch.set_num_threads(1)  # as in the loader's workers
     part = ModalityConfig(sources={"shards": SourceConfig(path=shards)}, clip=clip)
     config = DataConfig(**{modality: part, "decoder": decoder, "workers": 0})

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import hypothesis.configuration
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from data_pipeline.prepare.synthetic import make_debug_shards
 
-# The same examples in every run, and nothing left in the tree.
+# The same examples in every run, and nothing left in the tree; a failure is made small, which takes long enough.
+_PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "vjepa-hypothesis")
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, phases=_PHASES)
 settings.load_profile("repeatable")
 
 

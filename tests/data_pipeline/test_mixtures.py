@@ -12,6 +12,7 @@ from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceC
 from data_pipeline.dataset import ClipDataset
 from data_pipeline.loader import build_loader
 from data_pipeline.plan import BLOCK, Order, Plan, Source
+from data_pipeline.shards import Shards
 
 VISIONMIX = [
     Source("ssv2", 168_000, 0.170),
@@ -102,8 +103,10 @@ def test_a_loader_with_replacement_resumes_exactly_on_any_number_of_ranks(shards
     whole = stream(1, 0)
     assert stream(3, 0) == whole
     assert stream(2, 2) == whole[2:]
-    first = [key for step in whole[:3] for _, key, _ in step]
-    assert len(set(first)) < len(first)  # 18 draws from 10 videos twice over
+    sources = [Source("plain", 10), Source("own", 10)]
+    places = [Plan(5, sources, "replacement").locate(ordinal) for ordinal in range(24)]
+    keys = [Shards(shards, "video").row(place.index)["key"] for place in places]
+    assert [key for step in whole for _, key, _ in step] == keys
 
 
 def test_a_sources_own_clips_differ_and_leave_the_others_as_they_are(shards: Path):

@@ -67,7 +67,7 @@ def passes_of(passes: dict[tuple[int, int], list[int]], source: int) -> list[int
 
 
 @given(seeds, mixtures(), ordinals, st.integers(1, 2 * BLOCK))
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_realised_shares_are_exact_over_blocks_and_bounded_over_windows(
     seed: int, sources: list[Source], first: int, size: int
 ):
@@ -168,7 +168,7 @@ def content(sample: Sample) -> tuple[object, ...]:
 
 
 @given(data(), shares_of_ranks(), seeds, st.integers(0, 50), st.integers(1, 3))
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_any_ranks_workers_and_start_give_the_global_batches_of_one_process(
     config: DataConfig, shares: tuple[int, int, int], seed: int, start: int, steps: int
 ):

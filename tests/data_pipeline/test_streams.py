@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import logging
+import pickle
 import re
 import tarfile
 import time
@@ -331,3 +332,9 @@ def test_an_address_that_cannot_work_is_refused_at_once(tmp_path: Path, shards: 
         StreamConfig(buffer=0)
     with pytest.raises(ShardError, match=r"x-000\.tar: holds no samples"):
         keys(opened(str(tmp_path / "x-000.tar")), 1)
+
+
+def test_a_process_that_is_spawned_gets_a_stream_of_its_own(tars: Path):
+    stream = opened(f"{tars}/x-{{000..003}}.tar")
+    order = keys(stream, 10)
+    assert keys(pickle.loads(pickle.dumps(stream)), 10) == order  # anew, not where the other one stands
