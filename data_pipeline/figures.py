@@ -4,7 +4,7 @@ The trainer sums `read()` over ranks and hands the sums back to `figures` and `a
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import ClipDataset
@@ -20,12 +20,14 @@ class DataFigures:
     def __init__(self, config: DataConfig):
         self._workers, self._limit = max(1, config.workers), config.max_bad_fraction
         self._dataset: ClipDataset | None = None
+        self._sources: list[tuple[str, str]] = []  # modality and name
         self._events = Events()
         self._started = time.perf_counter()
 
     def watch(self, dataset: ClipDataset, events: Events | None = None) -> None:
         """Read this dataset, and what happens to its loader's workers, from now on; all begin at zero."""
         self._dataset, self._events, self._started = dataset, events or Events(), time.perf_counter()
+        self._sources = [(modality, name) for modality, sources in dataset.counters().items() for name in sources]
 
     def read(self) -> dict[str, float]:
         """Sums of this rank: every source's counters, and the seconds that its workers have had."""
@@ -45,10 +47,11 @@ class DataFigures:
         """Figures of every source, from sums over ranks since the last row and since the dataset was made."""
         if not whole:
             return {}
-        found, busy, mixtures = {}, 0.0, dict.fromkeys(self._dataset.plans if self._dataset else (), 0.0)
-        for modality, source in self._sources():
-            mixtures[modality] += whole[f"{modality}/{source}/samples"]
-        for modality, source in self._sources():
+        found, busy = {}, 0.0
+        mixtures: dict[str, list[float]] = {}
+        for modality, source in self._sources:
+            mixtures.setdefault(modality, []).append(whole[f"{modality}/{source}/samples"])
+        for modality, source in self._sources:
             recent, all_of_it = (_Source(sums, f"{modality}/{source}") for sums in (since, whole))
             figures = all_of_it.shares(mixtures[modality]) | recent.costs() | recent.network()
             found |= {f"{modality}/{source}/{name}": value for name, value in figures.items()}
@@ -59,7 +62,7 @@ class DataFigures:
     def alarms(self, whole: Sums) -> dict[str, str]:
         """A line for every source with more bad records than `max_bad_fraction`, which bounds the sum over sources."""
         found = {}
-        for modality, source in self._sources() if whole else ():
+        for modality, source in self._sources if whole else ():
             part = _Source(whole, f"{modality}/{source}")
             if part["samples"] >= JUDGED_FROM and part["bad"] > self._limit * part["samples"]:
                 found[part.name] = (
@@ -68,11 +71,6 @@ class DataFigures:
                     "the run as a whole is stopped for: see bad_samples.jsonl; ingest this source again or take it out"
                 )
         return found
-
-    def _sources(self) -> Iterator[tuple[str, str]]:
-        """Modality and name of every source."""
-        plans = {} if self._dataset is None else self._dataset.plans
-        return ((modality, source.name) for modality, plan in plans.items() for source in plan.sources)
 
 
 class _Source:
@@ -89,12 +87,11 @@ class _Source:
         """Workers' time that went into this source."""
         return self["wait_seconds"] + self["decode_seconds"] + self["crop_seconds"]
 
-    def shares(self, mixture: float) -> dict[str, float]:
-        """Its share of the modality's samples, and bad records for each of its own."""
+    def shares(self, mixture: list[float]) -> dict[str, float]:
+        """Bad records for each of its samples and, where `mixture` has several sources' samples, its share of them."""
         samples = self["samples"]
-        if not samples:
-            return {"share": 0.0}
-        return {"share": samples / mixture, "bad_share": self["bad"] / samples}
+        found = {"bad_share": self["bad"] / samples} if samples else {}
+        return found | ({"share": samples / max(1.0, sum(mixture))} if len(mixture) > 1 else {})
 
     def costs(self) -> dict[str, float]:
         """Milliseconds a sample; none where it gave no sample."""

@@ -80,11 +80,15 @@ def test_figures_are_shares_and_milliseconds_a_sample(debug_shards: Path) -> Non
             "video/little/share": 0.25,
             "video/little/bad_share": 0,
             "workers_busy": 0.5,
+            "workers_lost": 0,
+            "workers_recycled": 0,
         }
     )
     later = figures.figures(before, now)  # nothing since: shares stay, times are not made up
     assert later.keys() == {f"video/{s}/{name}" for s in ("much", "little") for name in ("share", "bad_share")} | {
-        "workers_busy"
+        "workers_busy",
+        "workers_lost",
+        "workers_recycled",
     }
 
 
