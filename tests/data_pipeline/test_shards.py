@@ -7,12 +7,15 @@ import mmap
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from test_cache import fork
 from test_loader import config
 from webdataset.compat import WebDataset
 
@@ -184,13 +187,13 @@ def test_opening_reads_no_index_and_a_run_reads_each_one_once(
     assert not reads.any()
     assert opened.row(3)["key"] == rows[3]["key"]
     assert reads.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+
+    def all_right() -> None:
+        assert [opened.row(i)["key"] for i in range(10)] == [row["key"] for row in rows]
+
     for _ in range(2):  # one after the other: each reads what the ones before have not
-        child = os.fork()
-        if child == 0:
-            right = [opened.row(i)["key"] for i in range(10)] == [row["key"] for row in rows]
-            os._exit(0 if right else 1)
-        assert os.waitpid(child, 0)[1] == 0
-    assert [opened.row(i)["key"] for i in range(10)] == [row["key"] for row in rows]
+        assert os.waitpid(fork(all_right), 0)[1] == 0
+    all_right()
     assert reads.tolist() == [1] * 10
 
 
@@ -202,7 +205,7 @@ def many_shards(shards: Path, folder: Path) -> tuple[Path, list[dict[str, Any]]]
     entries = []
     for number, row in enumerate(rows):
         (folder / f"{number}.tar").write_bytes(tar)
-        index = (json.dumps(row) + "\n").encode()
+        index = (json.dumps(row | {"note": "x" * number}) + "\n").encode()  # no two of the same length
         (folder / f"{number}.index.jsonl").write_bytes(index)
         entry = {"name": f"{number}.tar", "index": f"{number}.index.jsonl", "modality": "video", "samples": 1}
         entries.append(entry | {"bytes": len(tar), "index_sha256": hashlib.sha256(index).hexdigest()})
@@ -210,17 +213,25 @@ def many_shards(shards: Path, folder: Path) -> tuple[Path, list[dict[str, Any]]]
     return folder, rows
 
 
-def test_processes_that_read_all_indices_at_once_see_the_same_rows(shards: Path, tmp_path: Path):
+def test_processes_that_read_all_indices_at_once_see_the_same_rows(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plain = os.fstat
+
+    def slow(descriptor: int) -> os.stat_result:
+        found = plain(descriptor)
+        time.sleep(0.05)  # between looking where the shared file ends and writing there
+        return found
+
+    monkeypatch.setattr(os, "fstat", slow)
     folder, rows = many_shards(shards, tmp_path / "many")
     opened = Shards(folder, "video")
-    expected = [row["key"] for row in rows]
-    children = []
-    for worker in range(6):
-        child = os.fork()
-        if child == 0:
-            order = [(i + worker) % 10 for i in range(10)] * 20
-            os._exit(0 if all(opened.row(i)["key"] == expected[i] for i in order) else 1)
-        children.append(child)
+
+    def work(worker: int) -> None:
+        for i in [(i + worker) % 10 for i in range(10)] * 20:
+            assert opened.row(i)["key"] == rows[i]["key"]
+
+    children = [fork(partial(work, worker)) for worker in range(6)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
 
 
