@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from av.error import MemoryError as FFmpegMemoryError
 from made_videos import ramp, which, write_video
 
 from data_pipeline.backends import PyAvDecoder, TorchCodecDecoder
@@ -106,6 +107,20 @@ def test_a_reason_is_one_line_without_the_library_s_source_lines():
         open_decoder(bytes(range(256)) * 100, "video")
     assert ".cpp" not in str(caught.value)
     assert "Invalid data found" in str(caught.value)
+
+
+def test_a_size_that_cannot_be_is_the_file_s_fault_too_little_memory_is_not():
+    def opening(data: bytes, max_pixels: int):
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipeline.decode.PyAvDecoder", opening)
+        error = FFmpegMemoryError(12, "Cannot allocate memory")
+        with pytest.raises(DecodeError, match="Cannot allocate memory"):
+            open_decoder(b"x", "video", backend="pyav")
+        error = MemoryError()
+        with pytest.raises(MemoryError):
+            open_decoder(b"x", "video", backend="pyav")
 
 
 def test_pyav_finds_frames_whose_time_stamps_are_out_of_order(clips: Path):
