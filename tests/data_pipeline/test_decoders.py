@@ -112,6 +112,12 @@ def test_a_reason_is_one_line_without_the_library_s_source_lines():
     assert "Invalid data found" in str(caught.value)
 
 
+def test_a_codec_that_nobody_knows_is_named(tmp_path: Path):
+    data = write_video(tmp_path / "clip.mp4", ramp(2)).read_bytes()
+    with pytest.raises(DecodeError, match="no decoder for the video's codec"):
+        open_decoder(data.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzz"), "video", backend="pyav")
+
+
 def test_a_size_that_cannot_be_is_the_file_s_fault_too_little_memory_is_not():
     def opening(data: bytes, max_pixels: int):
         raise error
