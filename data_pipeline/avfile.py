@@ -29,6 +29,8 @@ def video_stream(container: InputContainer) -> VideoStream:
         raise DecodeError(f"no video stream (only {', '.join(kinds)})" if kinds else "no streams: zero frames")
     if stream.disposition & Disposition.attached_pic:
         raise DecodeError("no video stream: audio with a cover picture")
+    if stream.codec_context is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise DecodeError("no decoder for the video's codec")
     stream.codec_context.thread_count = 1
     return stream
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from av.error import FFmpegError
 from torch import Tensor
 
 from data_pipeline.backends import ImageDecoder, PyAvDecoder, TorchCodecDecoder
@@ -107,8 +108,12 @@ def _one_error() -> Iterator[None]:
             yield
     except DecodeError:
         raise
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # the machine's trouble, not the file's
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # the machine's trouble, not the file's
         raise
+    except MemoryError as error:
+        if not isinstance(error, FFmpegError):
+            raise
+        raise DecodeError(one_line(error)) from error  # FFmpeg's word for a size that cannot be
     except Exception as error:  # decoders raise RuntimeError, ValueError, IndexError, EOFError, OSError, KeyError, ...
         raise DecodeError(one_line(error)) from error
 

@@ -14,12 +14,12 @@ _WARM = 3  # clips loaded before the clock starts: imports, page cache
 
 
 def measure(
-    shards: str, *, modality: str, clip: ClipConfig, decoder: str, clips: int, first: int = 0
+    shards: str, *, modality: str, clip: ClipConfig, decoder: str, clips: int, first: int = 0, isolated: bool = False
 ) -> dict[str, float]:
     """Load `clips` samples from ordinal `first`, here and in its decoder's process; CPU and wall ms a clip."""
     torch.set_num_threads(1)  # as in the loader's workers
     part = ModalityConfig(sources={"shards": SourceConfig(path=shards)}, clip=clip)
-    config = DataConfig(**{modality: part, "decoder": decoder, "workers": 0})
+    config = DataConfig(**{modality: part, "decoder": decoder, "decode_isolated": isolated, "workers": 0})
     dataset = ClipDataset(config, seed=0)
     for ordinal in range(_WARM):
         dataset.sample(modality, ordinal)
@@ -43,10 +43,18 @@ def main() -> int:
     parser.add_argument("shards")
     parser.add_argument("--modality", choices=("video", "image"), default="video")
     parser.add_argument("--clips", type=int, default=100)
+    parser.add_argument("--isolated", action="store_true", help="decode in a process of its own")
     add_clip(parser)
     options = parser.parse_args()
     clip = clip_of(options, options.modality)
-    found = measure(options.shards, modality=options.modality, clip=clip, decoder=options.decoder, clips=options.clips)
+    found = measure(
+        options.shards,
+        modality=options.modality,
+        clip=clip,
+        decoder=options.decoder,
+        clips=options.clips,
+        isolated=options.isolated,
+    )
     print(
         f"{found['ms']:.1f} ms of CPU a clip (median {found['median_ms']:.1f}), {found['clips_per_second']:.1f} clips/s"
     )

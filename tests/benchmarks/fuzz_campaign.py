@@ -359,7 +359,7 @@ def main() -> None:
         folder = Path(scratch) / "files"
         names = make_files(options.clips, folder, files=options.files, seed=options.seed)
         print(HEADING, flush=True)
-        for decoder in options.decoders.split(","):
+        for decoder in filter(None, options.decoders.split(",")):
             rows.append(load(folder, names, decoder, workers=options.workers, isolated=options.isolated))
             print(rows[-1], flush=True)
             check(rows[-1], names)

@@ -269,7 +269,6 @@ REJECTED = {
     "corrupt_mdat_zeros.mp4",
     "corrupt_stco.mp4",
     "empty.mp4",
-    "fuzz_moov_1.mp4",
     "garbage.mp4",
     "html.mp4",
     "trunc_moov_missing.mp4",

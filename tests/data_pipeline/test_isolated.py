@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from data_pipeline.config import Backend, DataConfig, ModalityConfig, SourceConf
 from data_pipeline.decode import DecodeError, choose_backend, frames_at, open_decoder
 from data_pipeline.loader import build_loader
 
+pytestmark = pytest.mark.skipif(find_spec("decord") is None, reason="decord is not installed: x86-64 Linux only")
 TIMES = np.array([0.05, 0.35, 0.35, 0.95])
 SHOWN = [0, 3, 3, 9]
 
