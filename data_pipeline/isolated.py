@@ -104,9 +104,9 @@ _seats: dict[str, PerProcess[_Seat]] = {}
 
 def cpu_seconds() -> float:
     """CPU time that the living children of this process have used so far (Linux)."""
-    seats = [seat for each in _seats.values() if (seat := each.made())]
-    clocks = [~seat.child.pid << 3 | 2 for seat in seats if seat.child]  # the kernel's name for a process's CPU clock
-    return sum(map(time.clock_gettime, clocks))
+    children = [seat.child for each in _seats.values() if (seat := each.made()) and seat.child]
+    pids = [child.pid for child in children if child.is_alive]
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)  # the kernel's name for a process's CPU clock
 
 
 class _Child:
@@ -137,6 +137,10 @@ class _Child:
         except _Ended as ended:
             self.stop()
             raise RuntimeError(f"the process for {backend} did not come to life: it {ended}; see above") from None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
 
     @property
     def has_grown(self) -> bool:
