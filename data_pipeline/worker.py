@@ -7,6 +7,8 @@ import sys
 import threading
 from pathlib import Path
 
+from data_pipeline.heap import give_back_freed_memory
+
 _PR_SET_PDEATHSIG = 1
 _number: int | None = None
 
@@ -31,6 +33,7 @@ def start_worker(parent: int, number: int) -> None:
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey, args=(parent,), daemon=True).start()
+    give_back_freed_memory()  # its thread must not take SIGTERM either
     _die_with(parent)
 
 
