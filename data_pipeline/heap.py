@@ -1,8 +1,8 @@
 """Memory that decoders have freed goes back to the system; without this a worker's heap grows for thousands of clips.
 
-Frames of differently large videos lie in glibc's heap between small blocks that live longer, so what is freed stays: a
-worker held 600 MB after 10,000 clips, of which it used 60. Mapping each large block by itself (M_MMAP_THRESHOLD) keeps
-the heap small too, but touching fresh pages cost 8 ms of CPU a clip; giving back now and then costs next to nothing.
+Frames of differently large videos lie in glibc's heap between small blocks that live longer, so what is freed stays
+(figures: README.md, goal 2). Mapping each large block by itself (M_MMAP_THRESHOLD) keeps the heap small too, but
+touching fresh pages then cost 8 ms of CPU a clip.
 """
 
 import ctypes
