@@ -216,7 +216,7 @@ def _whole(
     if absent and not skip_missing:
         raise DatasetError(
             f"{name}: {len(absent)} of {len(videos)} videos lack frames or masks in {root}: {listing(absent)}. It must "
-            f"hold {TREES[name]}. Pass skip_missing=true to measure the others alone"
+            f"hold {TREES[name]}. Pass --skip-missing to measure the others alone"
         )
     there = [video for video in videos if video.name not in absent]
     if not there:
@@ -256,6 +256,13 @@ def _youtube_facts(root: Path) -> dict[str, dict[str, Any]]:
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DatasetError(f"youtube_vos: {path} is not the official meta.json ({error!r})") from error
+
+
+def seen_categories(meta: Path) -> frozenset[str]:
+    """All categories of a meta.json of YouTube-VOS: those of the training set are the seen ones."""
+    if not meta.is_file():
+        raise DatasetError(f"{meta} is missing: give the meta.json of the training set of YouTube-VOS")
+    return frozenset(each for facts in _youtube_facts(meta.parent).values() for each in facts["categories"].values())
 
 
 def _fold(names: Sequence[str], split: str) -> list[str]:
