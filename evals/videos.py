@@ -224,6 +224,8 @@ def _whole(
     for video in there:
         if without := [frame for frame in video.masks if frame not in video.frames]:
             raise DatasetError(f"{name}: {video.name} has masks but no pictures of frames {listing(without)}")
+        if without := sorted(set((video.entry_frames or {}).values()) - set(video.masks)):
+            raise DatasetError(f"{name}: {video.name} has no masks of frames {listing(without)}, where objects enter")
     return there
 
 

@@ -188,8 +188,8 @@ def _tracker(model: str, base: EncoderConfig, device: torch.device | str, *, is_
 # -------------------------------------------------------------------------------------------------------- the command
 
 
-def tracking_scores(dataset: DatasetName, objects: Sequence[ObjectScore], means: Mapping[str, float]) -> list[Score]:
-    """J&F, J and F (G and its parts on YouTube-VOS) as numbers of the task `tracking_DATASET`."""
+def tracking_scores(dataset: DatasetName, means: Mapping[str, float]) -> list[Score]:
+    """What `dataset_means` gives as numbers of the task `tracking_DATASET`, the first under its own name."""
     headline = next(iter(means))
     names = {name: f"{TASK}_{dataset}" + ("" if name == headline else f"_{name}") for name in means}
     return [Score(names[name], PROBE, name, 0, value) for name, value in means.items()]
@@ -210,11 +210,9 @@ def dataset_means(
     return youtube_vos_means(objects, is_seen)
 
 
-def results_by_video(
-    objects: Mapping[str, Sequence[ObjectScore]], means: Mapping[str, Mapping[str, float]], title: str
-) -> Table:
+def results_by_video(objects: Mapping[str, Sequence[ObjectScore]], means: Mapping[str, Mapping[str, float]]) -> Table:
     """J&F of every video, and below it the means, with a column for each model."""
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("video", no_wrap=True)
     for model in objects:
         table.add_column(model, justify="right", no_wrap=True)
@@ -249,13 +247,14 @@ def _run(options: argparse.Namespace) -> None:
     means = {name: dataset_means(options.dataset, scores, videos, seen) for name, scores in objects.items()}
     rows = [
         Row.of(score, stage=options.stage, model=name)
-        for name, scores in objects.items()
-        for score in tracking_scores(options.dataset, scores, means[name])
+        for name in objects
+        for score in tracking_scores(options.dataset, means[name])
     ]
     save(options.out, rows)
     frames = sum(len(video.frames) for video in videos)
-    title = f"{options.dataset}: {len(videos)} videos, {frames} frames, {config}, {time.monotonic() - begin:.0f} s"
-    print_wide(results_by_video(objects, means, title), Console())
+    settings = " ".join(f"{name}={value}" for name, value in asdict(config).items())
+    print(f"{options.dataset}: {len(videos)} videos, {frames} frames, {time.monotonic() - begin:.0f} s; {settings}")
+    print_wide(results_by_video(objects, means), Console())
 
 
 def _write_pictures(videos: Sequence[AnnotatedVideo], masks: Mapping[str, Path], folder: Path) -> None:

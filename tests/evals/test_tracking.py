@@ -72,6 +72,8 @@ def j_and_f(data: Path, name: str, tracker: Tracker, out: Path, config: Propagat
 @pytest.mark.parametrize("source", [RgbPatches(), RandomPatches()], ids=lambda source: source.name)
 def test_a_video_that_stands_still_gives_j_and_f_of_1(data: Path, tmp_path: Path, source) -> None:
     assert j_and_f(data, "still", Tracker("one", source), tmp_path) == 1
+    given_alone = replace(SMALL, context=0)  # the frame with the given mask is looked at from all others
+    assert j_and_f(data, "still", Tracker("one", source), tmp_path, given_alone) == 1
     assert j_and_f(data, "still", Tracker("held", None), tmp_path) == 1
 
 
