@@ -17,7 +17,7 @@ from evals.jf import mean_scores
 from evals.overlays import TINT, tint
 from evals.propagation import PRESETS, Memory, PropagationConfig, decide, enter, hold, input_size, propagate
 from evals.references import RandomPatches, RgbPatches
-from evals.tasks.tracking import Tracker, main, track
+from evals.tasks.tracking import Tracker, build_trackers, main, track
 from evals.videos import PALETTE, DatasetError, open_dataset, read_mask, write_mask
 
 SIZE = 128, 192
@@ -279,14 +279,14 @@ def test_masks_survive_the_disk_and_colours_are_refused(tmp_path: Path) -> None:
 
 def test_one_command_predicts_scores_and_pictures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = vjepa.hub.save_pretrained(vjepa.create_model("vit_debug", seed=1), tmp_path / "encoder")
-    models = ["held_mask", "rgb", "rgb_patches", "random_patches", "untrained", "untrained:vit_debug", str(model)]
+    models = ["held_mask", "rgb_patches", "untrained", str(model)]
     arguments = [word for each in models for word in ("--model", each)]
-    arguments += ["--data", str(data), "--dataset", "folder", "--sequences", "moving", "late", "--out", str(tmp_path)]
+    arguments += ["--data", str(data), "--dataset", "folder", "--sequences", "late", "--out", str(tmp_path)]
     assert main(["run", *arguments, "short_side=64", "context=2", "radius=3"]) == 0
     table = capsys.readouterr().out
-    assert "folder: 2 videos, 12 frames" in table
+    assert "folder: 1 videos, 6 frames" in table
     assert "mean J&F" in table
-    names = ["held_mask", "rgb", "rgb_patches", "random_patches", "untrained", "untrained_vit_debug", "trained"]
+    names = ["held_mask", "rgb_patches", "untrained", "trained"]
     rows = json.loads((tmp_path / "summary.json").read_text())["evals"]
     assert [row["model"] for row in rows if row["metric"] == "J&F"] == names
     assert {row["task"] for row in rows} == {"tracking_folder", "tracking_folder_J", "tracking_folder_F"}
@@ -296,8 +296,26 @@ def test_one_command_predicts_scores_and_pictures(data: Path, tmp_path: Path, ca
         assert read_mask(frames[0]).shape == SIZE
     with Image.open(tmp_path / "pictures" / "folder" / "late.png") as picture:
         assert picture.width > 6 * 200
-    scored = ["--predictions", str(tmp_path / "masks" / "folder" / "rgb"), "--ground-truth", str(data / "Annotations")]
-    assert main(["score", *scored, "--sequences", "moving"]) == 0
+    scored = [
+        "--predictions",
+        str(tmp_path / "masks" / "folder" / "trained"),
+        "--ground-truth",
+        str(data / "Annotations"),
+    ]
+    assert main(["score", *scored, "--sequences", "late"]) == 0
+
+
+def test_models_are_references_by_name_or_encoders_by_path(tmp_path: Path) -> None:
+    model = vjepa.hub.save_pretrained(vjepa.create_model("vit_debug", patch_size=8), tmp_path / "encoder")
+    asked = ["rgb", "rgb_patches", "random_patches", "held_mask", "untrained", "untrained:vit_debug", str(model)]
+    trackers = build_trackers(asked)
+    assert [each.name for each in trackers] == [*asked[:5], "untrained_vit_debug", "trained"]
+    assert [each.patch_size for each in trackers if each.source] == [8, 8, 8, 8, 16, 8]
+    clip = torch.zeros(1, 3, 1, 32, 48, dtype=torch.uint8)
+    for each in trackers:
+        if each.source:
+            grid = (1, 1, 32 // each.patch_size, 48 // each.patch_size)
+            assert each.source.tokens(clip).shape[:4] == grid
 
 
 @pytest.mark.parametrize(
