@@ -180,11 +180,12 @@ def test_presets_are_the_papers() -> None:
 
 def test_rgb_patches_are_the_means_of_a_grid_of_cells() -> None:
     clip = torch.zeros(1, 3, 1, 16, 32, dtype=torch.uint8)
-    clip[0, 0, 0, :4, 16:20] = 255  # red, in the first cell of the second patch
+    clip[0, 0, 0, :4, 16:18] = 255  # red, half of the first cell of the second patch
     tokens = RgbPatches().tokens(clip)
     assert tokens.shape == (1, 1, 1, 2, 48)
-    changed = (tokens[0, 0, 0, 1] - tokens[0, 0, 0, 0]).abs() > 1e-6
-    assert changed.nonzero().flatten().tolist() == [0]
+    change = tokens[0, 0, 0, 1] - tokens[0, 0, 0, 0]
+    assert change.nonzero().flatten().tolist() == [0]
+    assert change[0].item() == pytest.approx(0.5 / 0.229), "half of black to white, by the channel's deviation"
 
 
 # --------------------------------------------------------------------------------------------------------------- trees
