@@ -7,20 +7,31 @@ touching fresh pages then cost 8 ms of CPU a clip.
 
 import ctypes
 import sys
-import threading
-import time
+from pathlib import Path
 
-_PAUSE = 5.0  # seconds; a hundred clips and more
-
-
-def give_back_freed_memory() -> None:
-    """Start a thread that returns free pages of this process's heap every few seconds (glibc only)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        threading.Thread(target=_work, args=(trim,), daemon=True).start()
+_SLACK = 64_000_000  # bytes; what is given back is touched anew, so not at every micro-batch
 
 
-def _work(trim: "ctypes._FuncPointer") -> None:  # pyright: ignore[reportPrivateUsage]
-    while True:
-        time.sleep(_PAUSE)
-        trim(0)
+def private_bytes() -> int:
+    """Memory of this process that is in no file and not shared by name; 0 where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+class Heap:
+    """This process's heap from now on (glibc only: elsewhere nothing is given back)."""
+
+    def __init__(self) -> None:
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        self._first = self._low = private_bytes()
+
+    def give_back(self) -> int:
+        """Return free pages if memory has grown since they last were; bytes grown since the beginning, after that."""
+        now = private_bytes()
+        if self._trim is not None and now - self._low > _SLACK:
+            self._trim(0)
+            self._low = now = private_bytes()
+        return now - self._first

@@ -28,17 +28,23 @@ class InFlight:
     """
 
     def __init__(self, workers: int):
-        self._rows = torch.zeros(max(1, workers), 4, dtype=torch.int64).share_memory_()  # modality + 1, ordinal, ...
+        self._shared = torch.zeros(max(1, workers), 4, dtype=torch.int64).share_memory_()
+        self._rows = self._shared.numpy()  # of each worker: modality + 1 or 0, ordinal, attempt, nanoseconds
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return InFlight._of, (self._shared,)
+
+    @staticmethod
+    def _of(shared: torch.Tensor) -> "InFlight":
+        """The same table, in another process."""
+        made = InFlight(0)
+        made._shared, made._rows = shared, shared.numpy()
+        return made
 
     @contextmanager
     def decoding(self, attempt: Attempt) -> Iterator[None]:
         """Around what a sample's bytes can do harm in; outside it, a death is not the sample's fault."""
-        slot = worker_number()
-        if slot is None:
-            yield
-            return
-        kind = _MODALITIES.index(attempt.modality) + 1
-        self._rows[slot] = torch.tensor([kind, attempt.ordinal, attempt.number, time.monotonic_ns()])
+        self._say(_MODALITIES.index(attempt.modality) + 1, attempt.ordinal, attempt.number)
         try:
             yield
         finally:
@@ -46,11 +52,14 @@ class InFlight:
 
     def sign_of_life(self) -> None:
         """The worker is at work, and decodes nothing."""
-        slot = worker_number()
-        if slot is not None:
-            self._rows[slot] = torch.tensor([0, 0, 0, time.monotonic_ns()])
+        self._say(0, 0, 0)
 
     def of(self, slot: int) -> tuple[Attempt | None, float]:
         """The sample a worker is decoding, if any, and when it began or last said something (`time.monotonic()`)."""
         kind, ordinal, number, since = self._rows[slot].tolist()
         return Attempt(_MODALITIES[kind - 1], ordinal, number) if kind else None, since / 1e9
+
+    def _say(self, kind: int, ordinal: int, number: int) -> None:
+        slot = worker_number()
+        if slot is not None:
+            self._rows[slot] = kind, ordinal, number, time.monotonic_ns()

@@ -5,9 +5,6 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
-
-from data_pipeline.heap import give_back_freed_memory
 
 _PR_SET_PDEATHSIG = 1
 _number: int | None = None
@@ -33,7 +30,6 @@ def start_worker(parent: int, number: int) -> None:
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey, args=(parent,), daemon=True).start()
-    give_back_freed_memory()  # its thread must not take SIGTERM either
     _die_with(parent)
 
 
@@ -49,12 +45,3 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the request
             os._exit(1)
-
-
-def private_bytes() -> int:
-    """Memory of this process that is in no file and not shared by name; 0 where the kernel does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)

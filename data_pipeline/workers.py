@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from data_pipeline.config import DataConfig
+from data_pipeline.heap import Heap
 from data_pipeline.in_flight import Attempt, InFlight
+from data_pipeline.parcel import Packer, Parcel, Unpacker
 from data_pipeline.pool import Done, Lost, Pool, Raised
-from data_pipeline.worker import private_bytes, start_worker
+from data_pipeline.worker import start_worker
 
 log = logging.getLogger(__name__)
 Request = dict[str, range]
@@ -80,7 +82,7 @@ class Supervised:
         self._config, self._in_flight, self._name, self._events = config, in_flight, name, events
         life = _Life(os.getpid(), in_flight, config.worker_growth_gb * 1e9)
         self._pool: Pool[Job, Any] = Pool(
-            _Make(make, in_flight),
+            _Make(make, in_flight, Packer()),
             size=config.workers,
             context=context,
             limit=self._limit,
@@ -96,6 +98,7 @@ class Supervised:
         self._is_closing = False
         self._wake, self._bell = Pipe(duplex=False)
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._unpackers = [Unpacker(is_pinned=self._device is not None) for _ in range(config.workers)]
         self._thread = threading.Thread(target=self._supervise, name="data-workers", daemon=True)
         self._thread.start()
 
@@ -171,7 +174,7 @@ class Supervised:
         if isinstance(result, Lost):
             result = self._again_or_error(done, result)
         elif not isinstance(result, Raised):
-            result = pin(result) if self._device is not None else result
+            result = self._unpackers[done.slot].unpack(result)
         if result is not None:
             with self._changed:
                 self._ready[done.number] = result
@@ -219,12 +222,12 @@ class Supervised:
 
 
 class _Make:
-    def __init__(self, make: Callable[[Job], Any], in_flight: InFlight):
-        self.make, self.in_flight = make, in_flight
+    def __init__(self, make: Callable[[Job], Any], in_flight: InFlight, packer: Packer):
+        self.make, self.in_flight, self.packer = make, in_flight, packer
 
-    def __call__(self, job: Job) -> Any:
+    def __call__(self, job: Job) -> Parcel:
         self.in_flight.sign_of_life()
-        return self.make(job)
+        return self.packer.pack(self.make(job))
 
 
 class _Life:
@@ -232,15 +235,18 @@ class _Life:
 
     def __init__(self, parent: int, in_flight: InFlight, most_growth: float):
         self.parent, self.in_flight, self.most_growth = parent, in_flight, most_growth
-        self.first_bytes = 0
+        self.heap: Heap | None = None
 
     def begin(self, slot: int) -> None:
         start_worker(self.parent, slot)
-        self.first_bytes = private_bytes()
+        self.heap = Heap()
         self.in_flight.sign_of_life()
 
     def is_spent(self) -> bool:
-        return bool(self.most_growth) and private_bytes() - self.first_bytes > self.most_growth
+        """Called after each micro-batch."""
+        assert self.heap is not None
+        grown = self.heap.give_back()
+        return bool(self.most_growth) and grown > self.most_growth
 
 
 def pin(value: Any) -> Any:
