@@ -92,7 +92,7 @@ def _cosine(progress: float) -> float:
 
 @dataclass(frozen=True)
 class AdamW:
-    """What the optimisers of a grid share; all parameters are decayed, as in the published probes (evaluation.md 1.1)."""
+    """What the optimisers of a grid share; all parameters decay, as in the published probes (evaluation.md 1.1)."""
 
     beta1: float = 0.9
     beta2: float = 0.999
