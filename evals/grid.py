@@ -223,11 +223,12 @@ class HeadGrid:
         optim: AdamW,
         seed: int,
         world: World,
+        about: str = "",
     ) -> None:
         if steps < 1 or not settings:
             raise ValueError(f"steps={steps}, {len(settings)} settings: there must be at least one of each")
         self.settings, self.steps, self.schedule, self.optim = tuple(settings), steps, schedule, optim
-        self.seed, self.world, self.step = seed, world, 0
+        self.seed, self.world, self.about, self.step = seed, world, about, 0
         self.heads = [self._first(make_head) for _ in self.settings]
         self.optimizers = [
             torch.optim.AdamW(
@@ -333,6 +334,7 @@ class HeadGrid:
             "optimiser": str(self.optim),
             "seed": str(self.seed),
             "head": str(shapes),
+            "data and features": self.about,
         }
 
 
@@ -348,13 +350,15 @@ def fit_grid(
     seed: int = 0,
     world: World = ALONE,
     state: StateFile | None = None,
+    about: str = "",
     until: int | None = None,
     on_step: Callable[[HeadGrid], None] | None = None,
 ) -> HeadGrid:
     """Train a head for each setting with the same batches, from the same first weights, up to step `until` (the end).
 
     `make_head` is called with torch's generator at `seed`. With `state`, a fit goes on from the stored one, bit for bit
-    as if it had not been stopped. On CUDA heads run under bf16 autocast, their weights stay fp32.
+    as if it had not been stopped; `about` says which data and features it is of. On CUDA heads run under bf16 autocast,
+    their weights stay fp32.
 
     Raises GridStateError for a state of another fit.
     """
@@ -366,6 +370,7 @@ def fit_grid(
         optim=optim or AdamW(),
         seed=seed,
         world=world,
+        about=about,
     )
     if state is not None and world.on_main(state.path.is_file):
         read_state(found, state.path)
