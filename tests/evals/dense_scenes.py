@@ -28,12 +28,12 @@ def write(path: Path, values: np.ndarray) -> Path:
     return path
 
 
-def write_camvid(root: Path, counts: dict[str, int], void_rows: int = 2) -> Path:
-    """Scenes in the layout images/SPLIT and labels/SPLIT, their first rows void."""
+def write_camvid(root: Path, counts: dict[str, int]) -> Path:
+    """Scenes in the layout images/SPLIT and labels/SPLIT, their first rows void: two, in training a varying number."""
     for place, (split, count) in enumerate(counts.items()):
         for number in range(count):
             image, classes = scene(100 * place + number)
-            classes[:void_rows] = 11
+            classes[: 2 + (8 * (number % 3) if split == "train" else 0)] = 11
             write(root / "images" / split / f"{number:03}.png", image)
             write(root / "labels" / split / f"{number:03}.png", classes)
     return root
@@ -43,11 +43,11 @@ DEPTHS = np.array([1000, 2000, 4000], dtype=np.uint16)  # millimetres by class
 
 
 def write_rgbd(root: Path, count: int) -> Path:
-    """Scenes as frame-NNNNNN.color.png and .depth.png; the first row unknown, one way or the other."""
+    """Scenes as frame-NNNNNN.color.png and .depth.png; first rows unknown, more of them the later the frame."""
     for number in range(count):
         image, classes = scene(number)
         depth = DEPTHS[classes]
-        depth[0] = (0, 65535)[number % 2]
+        depth[: 1 + number] = (0, 65535)[number % 2]
         write(root / "frames" / f"frame-{number:06}.color.png", image)
         write(root / "frames" / f"frame-{number:06}.depth.png", depth)
     return root
