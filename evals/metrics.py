@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evals.protocol import IGNORE
+from vjepa.train.distributed import World
 
 
 class ConfusionMatrix:
@@ -35,6 +36,11 @@ class ConfusionMatrix:
                 )
         pairs = torch.bincount(true * self.num_classes + guess, minlength=self.num_classes**2)
         self.counts += pairs.view(self.num_classes, self.num_classes)
+        return self
+
+    def reduce(self, world: World) -> ConfusionMatrix:
+        """Add up what the ranks have counted, on all of them. Returns itself."""
+        self.counts = world.sum(self.counts.to(world.device)).cpu()
         return self
 
     def accuracy(self, classes: Iterable[int] | None = None) -> float:
