@@ -119,28 +119,36 @@ def validation_clips(media: Decoder, protocol: ClipProtocol, generator: np.rando
     The generator is only used where `validation_offset` is random. Decoding holds DECODED_BYTES at a time.
     """
     chosen = generator if protocol.validation_offset == "random" else None
+    clips = [validation_views(media, times, protocol) for times in _clip_times(media, protocol, chosen)]
+    return torch.stack(clips, dim=1)
+
+
+def training_clips(media: Decoder, protocol: ClipProtocol, generator: np.random.Generator) -> Tensor:
+    """One view of a video to train on: uint8 [1, S, C, T, size, size], every clip cropped and augmented by itself."""
+    times = _clip_times(media, protocol, generator)
+    return torch.stack([training_clip(media, clip, protocol, generator) for clip in times])[None]
+
+
+def validation_views(media: Decoder, times: np.ndarray, protocol: ClipProtocol) -> Tensor:
+    """The views of the clip at `times` [T]: uint8 [V, C, T, size, size]."""
     resized, boxes = spatial_boxes(media.info.height, media.info.width, protocol.views, protocol.size)
 
     def views(frames: Tensor) -> Tensor:
         frames = resize(frames, resized)
         return torch.stack([cut(frames, box) for box in boxes], dim=1)  # [T, V, C, size, size]
 
-    clips = [_transformed(media, times, views) for times in _clip_times(media, protocol, chosen)]
-    return torch.stack(clips).permute(2, 0, 3, 1, 4, 5).contiguous()
+    return _transformed(media, times, views).permute(1, 2, 0, 3, 4).contiguous()
 
 
-def training_clips(media: Decoder, protocol: ClipProtocol, generator: np.random.Generator) -> Tensor:
-    """One view of a video to train on: uint8 [1, S, C, T, size, size], every clip cropped and augmented by itself."""
+def training_clip(media: Decoder, times: np.ndarray, protocol: ClipProtocol, generator: np.random.Generator) -> Tensor:
+    """The clip at `times` [T], cropped at random and augmented: uint8 [C, T, size, size]."""
     augment, size = protocol.augment, (protocol.size, protocol.size)
     scale, aspect = (augment.scale_min, augment.scale_max), (augment.aspect_min, augment.aspect_max)
-    clips = []
-    for times in _clip_times(media, protocol, generator):
-        box = random_resized_box(media.info.height, media.info.width, generator, scale=scale, aspect=aspect)
-        frames = _transformed(media, times, lambda decoded, box=box: resize(cut(decoded, box), size))
-        clip = frames.transpose(0, 1).contiguous()  # [C, T, size, size]
-        clip = clip.flip(-1) if generator.random() < augment.flip else clip
-        clips.append(erase(rand_augment(clip, augment, generator), augment, generator))
-    return torch.stack(clips)[None]
+    box = random_resized_box(media.info.height, media.info.width, generator, scale=scale, aspect=aspect)
+    frames = _transformed(media, times, lambda decoded: resize(cut(decoded, box), size))
+    clip = frames.transpose(0, 1).contiguous()  # [C, T, size, size]
+    clip = clip.flip(-1) if generator.random() < augment.flip else clip
+    return erase(rand_augment(clip, augment, generator), augment, generator)
 
 
 def _clip_times(media: Decoder, protocol: ClipProtocol, generator: np.random.Generator | None) -> list[np.ndarray]:
