@@ -179,8 +179,14 @@ class ClassMeanRecall:
 
     def __init__(self, num_classes: int, k: int = 5) -> None:
         self.k = k
-        self.hits = torch.zeros(num_classes, dtype=torch.int64)
-        self.counts = torch.zeros(num_classes, dtype=torch.int64)
+        self.hits, self.counts = torch.zeros(2, num_classes, dtype=torch.int64)
+
+    @classmethod
+    def over(cls, state: Tensor, k: int) -> ClassMeanRecall:
+        """One that counts in `state`, int64 [2, classes]: hits and rows."""
+        recall = cls(0, k)
+        recall.hits, recall.counts = state
+        return recall
 
     def update(self, logits: Tensor, labels: Tensor) -> ClassMeanRecall:
         """Count scores [B, classes] for labels [B]. Returns itself."""

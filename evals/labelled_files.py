@@ -54,14 +54,13 @@ class FileIndex:
         paths, labels = tuple(self.paths[i] for i in chosen), tuple(self.labels[i] for i in chosen)
         return FileIndex(self.name, self.split, paths, labels, self.classes)
 
-    def hold_out(self, share: float, *, seed: int = 0) -> tuple[FileIndex, FileIndex]:
-        """The rest, and about `share` of the entries held out: by a hash of each file's name, whatever the others."""
-        if not 0 < share < 1:
-            raise ValueError(f"share={share} must be between 0 and 1")
-        held = [_unit_hash(f"{seed}/{path.name}") < share for path in self.paths]
-        return self.take(i for i, is_held in enumerate(held) if not is_held), self.take(
-            i for i, is_held in enumerate(held) if is_held
-        )
+
+def hold_out(keys: Sequence[str], share: float, *, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Places of the rest, and of about `share` of the keys held out: by a hash of each key, whatever the others are."""
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} must be between 0 and 1")
+    is_held = [_unit_hash(f"{seed}/{key}") < share for key in keys]
+    return [i for i, held in enumerate(is_held) if not held], [i for i, held in enumerate(is_held) if held]
 
 
 def _unit_hash(text: str) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.labelled_files import DATASETS, DataMissing, read_index
+from evals.labelled_files import DATASETS, DataMissing, hold_out, read_index
 
 
 def touch(*paths: Path) -> None:
@@ -178,13 +178,12 @@ def test_a_class_nobody_knows_is_named(tmp_path: Path) -> None:
         read_index("ssv2", tmp_path, "train")
 
 
-def test_held_out_files_depend_on_their_names_alone(tmp_path: Path) -> None:
-    touch(*(tmp_path / f"train/{c}/{i}.mp4" for c in "ab" for i in range(200)))
-    index = read_index("folders", tmp_path, "train")
-    rest, held = index.hold_out(0.1)
-    assert len(rest) + len(held) == 400
-    assert 15 <= len(held) <= 70
-    assert not set(rest.paths) & set(held.paths)
-    half = index.take(range(100)).hold_out(0.1)[1]
-    assert set(half.paths) == {path for path in held.paths if path in index.paths[:100]}
-    assert index.hold_out(0.1, seed=1)[1].paths != held.paths
+def test_what_is_held_out_depends_on_its_key_alone() -> None:
+    keys = [f"{i}.mp4" for i in range(400)]
+    rest, held = hold_out(keys, 0.1)
+    assert sorted(rest + held) == list(range(400))
+    assert 20 <= len(held) <= 60
+    assert hold_out(keys[:100], 0.1)[1] == [i for i in held if i < 100]
+    assert hold_out(keys, 0.1, seed=1)[1] != held
+    with pytest.raises(ValueError, match="share=1"):
+        hold_out(keys, 1.0)
