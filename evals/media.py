@@ -1,0 +1,51 @@
+"""Opens what evaluations read: a video, an image, or a folder that holds a video's frames as images."""
+
+from __future__ import annotations
+
+import mimetypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.decode import Decoder, MediaInfo, frames_at, open_decoder
+
+FOLDER_FPS = 12.0  # of frames in a folder, which do not say: those of Jester
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def open_media(path: Path) -> Decoder:
+    """A decoder for a file or a folder of frames; DecodeError for bytes that are damaged, OSError for no file."""
+    if path.is_dir():
+        return FrameFolder.open(path)
+    return open_decoder(path.read_bytes(), "image" if is_image(path) else "video")
+
+
+def is_image(path: Path) -> bool:
+    return (mimetypes.guess_type(path.name)[0] or "").startswith("image/")
+
+
+@dataclass
+class FrameFolder:
+    """A video as numbered images of one size, in the order of their names."""
+
+    info: MediaInfo
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, folder: Path, *, fps: float = FOLDER_FPS) -> FrameFolder:
+        files = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES))
+        if not files:
+            raise ValueError(f"{folder} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
+        first = open_decoder(files[0].read_bytes(), "image").info
+        end = len(files) / fps
+        return cls(MediaInfo(len(files), fps, 0.0, end, first.width, first.height, first.codec), files)
+
+    def frames_at(self, times: np.ndarray) -> Tensor:
+        """The frames shown at `times` [T]: uint8 [T, C, H, W]."""
+        numbers = np.clip(np.floor(times * self.info.fps), 0, len(self.files) - 1).astype(int)
+        images = {n: open_decoder(self.files[n].read_bytes(), "image") for n in sorted(set(numbers.tolist()))}
+        frames = {n: frames_at(image, np.array([image.info.begin]))[0] for n, image in images.items()}
+        return torch.stack([frames[n] for n in numbers.tolist()])

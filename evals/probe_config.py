@@ -1,0 +1,136 @@
+"""The settings of attentive probes: typed recipes under `recipes/probe/`, one per data set, unknown keys refused."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+
+from evals.anticipation import AnticipationConfig
+from evals.attentive import AttentiveConfig
+from evals.clip_protocol import ClipProtocol
+from evals.labelled_files import DATASETS
+from vjepa.config import ConfigError, merge, read_recipe, to_object
+from vjepa.nn.encoder import Encoder
+
+RECIPES = Path(__file__).parent / "recipes" / "probe"
+EPIC_KITCHENS = "ek100"
+
+
+@dataclass
+class ProbeData:
+    """Which labelled set, and where it lies."""
+
+    name: str  # one of evals.labelled_files.DATASETS, or ek100
+    root: str  # folder of the set; the error where it is not found says how it should look
+    train_files: str | None = None  # list of 'path label' lines in place of the set's own
+    validation_files: str | None = None
+    skip_missing: bool = False  # go on without files that are named and not on disk
+    held_out: float = 0.1  # share of training files on which the best head is chosen
+
+    def __post_init__(self) -> None:
+        if self.name not in (*DATASETS, EPIC_KITCHENS):
+            known = ", ".join(sorted([*DATASETS, EPIC_KITCHENS]))
+            raise ValueError(f"data.name={self.name} is unknown: choose one of {known}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"data.held_out={self.held_out} must be a share between 0 and 1")
+
+
+@dataclass
+class HeadGrid:
+    """A head for every pair, all trained at once on the same tokens."""
+
+    lr: list[float] = field(default_factory=lambda: [5e-3, 3e-3, 1e-3, 3e-4, 1e-4])
+    weight_decay: list[float] = field(default_factory=lambda: [0.01, 0.1, 0.4, 0.8])  # on all parameters, constant
+
+    def __post_init__(self) -> None:
+        if not self.lr or not self.weight_decay or min(self.lr) <= 0 or min(self.weight_decay) < 0:
+            raise ValueError(f"grid: lr={self.lr} must be positive, weight_decay={self.weight_decay} not negative")
+
+    def settings(self) -> list[tuple[float, float]]:
+        """(learning rate, weight decay) of each head."""
+        return [(lr, weight_decay) for lr in self.lr for weight_decay in self.weight_decay]
+
+
+@dataclass
+class ProbeSchedule:
+    """How long heads are trained: AdamW with torch's betas, no clipping, no label smoothing."""
+
+    epochs: int = 20
+    batch_size: int = 256  # videos a step, over all ranks
+    warmup_epochs: float = 0.0  # linear from start_lr to the head's own
+    start_lr: float = 0.0
+    final_lr: float = 0.0  # where the cosine ends
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"schedule: epochs={self.epochs} and batch_size={self.batch_size} must be at least 1, "
+                f"warmup_epochs={self.warmup_epochs} below epochs"
+            )
+        if self.start_lr < 0 or self.final_lr < 0:
+            raise ValueError(f"schedule: start_lr={self.start_lr} and final_lr={self.final_lr} must not be negative")
+
+    def lr(self, progress: float, peak: float) -> float:
+        """The learning rate at a share of the training in [0, 1], for a head whose own is `peak`."""
+        warmup = self.warmup_epochs / self.epochs
+        if progress < warmup:
+            return self.start_lr + (peak - self.start_lr) * progress / warmup
+        share = (progress - warmup) / (1 - warmup)
+        return self.final_lr + (peak - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass
+class ProbeConfig:
+    """One attentive evaluation of one data set."""
+
+    name: str = ""  # the recipe's
+    source: str = ""  # where the figures are from
+    data: ProbeData = MISSING
+    clips: ClipProtocol = field(default_factory=ClipProtocol)
+    levels: list[int] = field(default_factory=lambda: [-1])  # blocks read, from 1, -1: the last, []: all with a norm
+    head: AttentiveConfig = field(default_factory=AttentiveConfig)
+    grid: HeadGrid = field(default_factory=HeadGrid)
+    schedule: ProbeSchedule = field(default_factory=ProbeSchedule)
+    anticipation: AnticipationConfig = field(default_factory=AnticipationConfig)  # of ek100 only
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if any(level == 0 or level < -1 for level in self.levels):
+            raise ValueError(f"levels={self.levels}: blocks count from 1 here, and -1 is the last")
+        if self.is_anticipation and (self.clips.fps is None or (self.clips.segments, self.clips.views) != (1, 1)):
+            raise ValueError(
+                "ek100 takes one clip by its rate, in one view: set clips.fps, clips.frame_step=null, clips.segments=1 "
+                f"and clips.views=1, not {self.clips}"
+            )
+
+    @property
+    def is_anticipation(self) -> bool:
+        return self.data.name == EPIC_KITCHENS
+
+    def blocks(self, encoder: Encoder) -> tuple[int, ...]:
+        """The blocks that are read, from 0, for `adapters.LevelFeatures`."""
+        depth = encoder.config.depth
+        blocks = tuple((depth if level == -1 else level) - 1 for level in self.levels) or encoder.levels
+        if without := [block + 1 for block in blocks if block not in encoder.levels]:
+            counted = [level + 1 for level in encoder.levels]
+            raise ValueError(f"levels: block {without[0]} (from 1) has no norm in this encoder; {counted} have one")
+        return blocks
+
+
+def list_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_probe(name: str, overrides: Sequence[str] = ()) -> ProbeConfig:
+    """The recipe of this name under `key=value` overrides; ConfigError for unknown names, keys and bad values."""
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        close = difflib.get_close_matches(name, list_recipes(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"there is no probe recipe {name!r}.{hint} Recipes: {', '.join(list_recipes())}")
+    return to_object(merge(ProbeConfig, [read_recipe(path), OmegaConf.create({"name": name})], overrides))

@@ -1,0 +1,148 @@
+"""Other encoders give what they give at home: their own normalisation, their patch tokens, no class tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vjepa
+from evals.adapters import CallableFeatures, LevelFeatures, Normalisation, load_transformers
+from evals.clip_protocol import encode_clips
+from evals.features import EncoderFeatures, FeatureSource
+from vjepa.batch import normalise
+
+
+def random_clips(count: int = 2, frames: int = 4, size: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, frames, size, size), dtype=torch.uint8, generator=generator)
+
+
+def save(folder: Path, model: Any, mean: float | None = None) -> Path:
+    model.save_pretrained(folder)
+    if mean is not None:
+        stored = {"image_mean": [mean] * 3, "image_std": [0.5] * 3}
+        (folder / "preprocessor_config.json").write_text(json.dumps(stored))
+    return folder
+
+
+def tiny_vjepa2() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.VJEPA2Config(
+        crop_size=16,
+        patch_size=8,
+        frames_per_clip=4,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        pred_hidden_size=24,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=1,
+    )
+    return transformers.VJEPA2Model(config).eval()
+
+
+def tiny_dinov2() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2WithRegistersConfig(
+        image_size=28, patch_size=14, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, num_register_tokens=3
+    )
+    return transformers.Dinov2WithRegistersModel(config).eval()
+
+
+def test_a_video_model_sees_normalised_clips_and_gives_its_grid(tmp_path: Path) -> None:
+    model = tiny_vjepa2()
+    source: FeatureSource = load_transformers(save(tmp_path / "tiny-vjepa2", model))
+    clips = random_clips()
+    tokens = source.tokens(clips)
+    assert (source.name, tuple(tokens.shape)) == ("tiny-vjepa2", (2, 2, 2, 2, 32))
+    with torch.no_grad():
+        expected = model(normalise(clips).transpose(1, 2), skip_predictor=True).last_hidden_state
+    torch.testing.assert_close(tokens.flatten(1, 3), expected)
+
+
+def test_an_image_model_sees_frames_one_by_one_without_class_tokens_and_registers(tmp_path: Path) -> None:
+    model = tiny_dinov2()
+    source = load_transformers(save(tmp_path / "tiny-dinov2", model, mean=0.25), name="dino")
+    clips = random_clips(size=28)
+    tokens = source.tokens(clips)
+    assert (source.name, tuple(tokens.shape)) == ("dino", (2, 4, 2, 2, 32))
+    frame = (clips[1, :, 3].float() / 255 - 0.25) / 0.5
+    with torch.no_grad():
+        expected = model(frame[None]).last_hidden_state[0, 4:]  # one class token, three registers
+    torch.testing.assert_close(tokens[1, 3].flatten(0, 1), expected)
+
+
+def test_image_models_take_other_sizes_than_they_were_made_for(tmp_path: Path) -> None:
+    source = load_transformers(save(tmp_path / "m", tiny_dinov2()))
+    assert source.tokens(random_clips(count=1, frames=1, size=56)).shape == (1, 1, 4, 4, 32)
+
+
+def test_videomae_has_its_fixed_number_of_frames(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.VideoMAEConfig(
+        image_size=16,
+        patch_size=8,
+        num_frames=4,
+        tubelet_size=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        intermediate_size=64,
+    )
+    source = load_transformers(save(tmp_path / "mae", transformers.VideoMAEModel(config).eval(), mean=0.5))
+    assert source.tokens(random_clips()).shape == (2, 2, 2, 2, 32)
+    with pytest.raises(ValueError, match=r"set clips\.frames=4 \(is 8\)"):
+        source.tokens(random_clips(frames=8))
+
+
+def test_a_size_that_vjepa2_would_get_wrong_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", tiny_vjepa2())
+    with pytest.raises(ValueError, match=r"config\.crop_size=16"):
+        load_transformers(folder).tokens(random_clips(size=32))
+    assert load_transformers(folder, crop_size=32).tokens(random_clips(size=32)).shape == (2, 2, 4, 4, 32)
+    with pytest.raises(ValueError, match="do not divide into tubelets of 2"):
+        load_transformers(folder).tokens(random_clips(frames=3))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        load_transformers(tmp_path)
+
+
+def test_a_users_own_function_is_a_source() -> None:
+    def patches(clips: Tensor) -> Tensor:  # [B, 3, T, H, W] -> the mean colour of each patch
+        return torch.nn.functional.avg_pool3d(clips, (2, 8, 8)).flatten(2).transpose(1, 2)
+
+    source: FeatureSource = CallableFeatures("mean_colour", patches, 8, 2, Normalisation((0.5,) * 3, (0.5,) * 3))
+    clips = random_clips()
+    tokens = source.tokens(clips)
+    assert tokens.shape == (2, 2, 2, 2, 3)
+    expected = clips[1, :, 2:4, 8:, :8].float().mean(dim=(1, 2, 3)) / 127.5 - 1
+    torch.testing.assert_close(tokens[1, 1, 1, 0], expected)
+    assert encode_clips(source, clips[:, None].expand(-1, 3, -1, -1, -1, -1)).shape == (2, 24, 3)
+
+
+def test_a_function_that_gives_other_tokens_is_refused() -> None:
+    source = CallableFeatures("cls", lambda clips: torch.zeros(len(clips), 9, 3), 8, 2)
+    with pytest.raises(ValueError, match=r"cls gave \[2, 9, 3\].*Class tokens"):
+        source.tokens(random_clips())
+
+
+def test_several_levels_lie_side_by_side_as_tokens_or_channels() -> None:
+    encoder = vjepa.create_model("vit_debug", patch_size=8, seed=0)
+    count, clips = len(encoder.levels), random_clips()
+    assert count > 1
+    last = EncoderFeatures("e", encoder).tokens(clips)
+    as_tokens = LevelFeatures("e", encoder).tokens(clips)
+    as_channels = LevelFeatures("e", encoder, join="channels").tokens(clips)
+    assert (as_tokens.shape, as_channels.shape) == ((2, 2 * count, 2, 2, 48), (2, 2, 2, 2, 48 * count))
+    torch.testing.assert_close(as_tokens[:, -2:], last)
+    torch.testing.assert_close(as_channels[..., -48:], last)
+    first = LevelFeatures("e", encoder, encoder.levels[:1]).tokens(clips)
+    assert torch.equal(first, as_tokens[:, :2])
+    assert not torch.equal(first, as_tokens[:, -2:])
