@@ -19,14 +19,17 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from evals.anticipation import AnticipationFeatures
 from evals.cache import Features, Request, file_digest, open_features
+from evals.epic_kitchens import read_actions
 from evals.features import FeatureSource
 from evals.grid import MAX_OVER_HEADS, Choice, Draws, HeadGrid, Setting, StateFile, choose, fit_grid, score_heads
+from evals.labelled_files import Split, read_index
 from evals.probe_config import ProbeConfig
 from evals.probe_task import ActionClips, AnticipationTask, Batch, ClassificationTask, FileClips, Part, Score
 from evals.protocol import Score as Number
 from vjepa.train.distributed import ALONE, World
 
 TASK, PROBE = "attentive", "attentive"
+SPLITS: tuple[Split, ...] = ("train", "validation")
 AnyTask = ClassificationTask | AnticipationTask
 
 
@@ -37,6 +40,18 @@ def build_task(config: ProbeConfig, source: FeatureSource | AnticipationFeatures
             raise ValueError("ek100 needs an encoder and its predictor: only released .pt files hold both")
         return AnticipationTask.build(config, source)
     return ClassificationTask.build(config, cast(FeatureSource, source))
+
+
+def describe_data(config: ProbeConfig) -> str:
+    """A text of which files the recipe's set holds; DataMissing where they are not there."""
+    data = config.data
+    if config.is_anticipation:
+        found = [repr(read_actions(data.root, split)) for split in SPLITS]
+    else:
+        files = {"train": data.train_files, "validation": data.validation_files}
+        indices = [read_index(data.name, data.root, s, files=files[s], skip_missing=data.skip_missing) for s in SPLITS]
+        found = [f"{index.labels} {' '.join(map(str, index.paths))}" for index in indices]
+    return f"{Path(data.root).resolve()} {found}"
 
 
 def num_steps(config: ProbeConfig, videos: int) -> int:
