@@ -10,12 +10,14 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from evals.cache import encoder_identity, module_identity
 from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD, Grid, normalise
 from vjepa.nn.encoder import Encoder
 
@@ -96,6 +98,11 @@ class LevelFeatures:
     levels: tuple[int, ...] = ()  # 0-based blocks; () are the encoder's own levels
     join: Literal["tokens", "channels"] = "tokens"
 
+    @cached_property
+    def identity(self) -> str:
+        """What its features depend on, see `evals.cache.source_identity`."""
+        return json.dumps([encoder_identity(self.encoder), list(self.levels or self.encoder.levels), self.join])
+
     @torch.no_grad()
     def tokens(self, clips: Tensor) -> Tensor:
         device = next(self.encoder.parameters()).device
@@ -123,6 +130,11 @@ class TransformersFeatures:
     model: nn.Module
     normalisation: Normalisation = Normalisation()
     max_images: int = 64  # frames in a pass of an image model
+
+    @cached_property
+    def identity(self) -> str:
+        """What its features depend on, see `evals.cache.source_identity`."""
+        return module_identity(self.model, [type(self.model).__name__, self.config.to_dict(), str(self.normalisation)])
 
     @property
     def config(self) -> Any:

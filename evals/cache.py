@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -235,10 +235,15 @@ def source_identity(source: FeatureSource) -> str:
 
 def encoder_identity(encoder: Encoder) -> str:
     """A digest of an encoder's configuration and weights."""
-    digest = hashlib.sha256(json.dumps(asdict(encoder.config), sort_keys=True).encode())
-    for name, value in sorted(encoder.state_dict().items()):
+    return module_identity(encoder, asdict(encoder.config))
+
+
+def module_identity(module: torch.nn.Module, config: Any) -> str:
+    """A digest of a module's configuration, as JSON, and its weights."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -85,6 +85,16 @@ class Schedule:
         progress = linear_ramp(step, self.warmup_steps, max(steps, self.warmup_steps + 1))
         return 1 + (self.final - 1) * _cosine(progress)
 
+    def lr(self, peak: float, step: int, steps: int) -> float:
+        """The learning rate at an update, of a head whose own is `peak`."""
+        return peak * self.at(step, steps)
+
+
+class LearningRates(Protocol):
+    """A learning rate for every head and step: a Schedule, or what a recipe has in its place."""
+
+    def lr(self, peak: float, step: int, steps: int) -> float: ...
+
 
 def _cosine(progress: float) -> float:
     return (1 - math.cos(math.pi * progress)) / 2
@@ -219,7 +229,7 @@ class HeadGrid:
         settings: Sequence[Setting],
         *,
         steps: int,
-        schedule: Schedule,
+        schedule: LearningRates,
         optim: AdamW,
         seed: int,
         world: World,
@@ -260,11 +270,10 @@ class HeadGrid:
                 torch.manual_seed(derived_seed(self.seed, self.step, self.world.rank))
                 losses.append(self._backward(head, features, labels, loss, place))
         self._average_gradients()
-        share = self.schedule.at(self.step, self.steps)
         for head, optimizer, setting in zip(self.heads, self.optimizers, self.settings, strict=True):
             if self.optim.clip_grad is not None:
                 nn.utils.clip_grad_norm_(head.parameters(), self.optim.clip_grad)
-            optimizer.param_groups[0]["lr"] = setting.lr * share
+            optimizer.param_groups[0]["lr"] = self.schedule.lr(setting.lr, self.step, self.steps)
             optimizer.step()
         self.losses = torch.stack(losses)
         self.step += 1
@@ -345,7 +354,7 @@ def fit_grid(
     loss: Loss,
     *,
     steps: int,
-    schedule: Schedule | None = None,
+    schedule: LearningRates | None = None,
     optim: AdamW | None = None,
     seed: int = 0,
     world: World = ALONE,

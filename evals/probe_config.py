@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING, OmegaConf
@@ -13,8 +13,9 @@ from omegaconf import MISSING, OmegaConf
 from evals.anticipation import AnticipationConfig
 from evals.attentive import AttentiveConfig
 from evals.clip_protocol import ClipProtocol
+from evals.dense_config import CacheConfig
 from evals.labelled_files import DATASETS
-from vjepa.config import ConfigError, merge, read_recipe, to_object
+from vjepa.config import ConfigError, config_hash, merge, read_recipe, to_object
 from vjepa.nn.encoder import Encoder
 
 RECIPES = Path(__file__).parent / "recipes" / "probe"
@@ -75,9 +76,9 @@ class ProbeSchedule:
         if self.start_lr < 0 or self.final_lr < 0:
             raise ValueError(f"schedule: start_lr={self.start_lr} and final_lr={self.final_lr} must not be negative")
 
-    def lr(self, progress: float, peak: float) -> float:
-        """The learning rate at a share of the training in [0, 1], for a head whose own is `peak`."""
-        warmup = self.warmup_epochs / self.epochs
+    def lr(self, peak: float, step: int, steps: int) -> float:
+        """The learning rate at an update numbered from 0, of `steps` in all, for a head whose own is `peak`."""
+        progress, warmup = step / steps, self.warmup_epochs / self.epochs
         if progress < warmup:
             return self.start_lr + (peak - self.start_lr) * progress / warmup
         share = (progress - warmup) / (1 - warmup)
@@ -97,6 +98,11 @@ class ProbeConfig:
     grid: HeadGrid = field(default_factory=HeadGrid)
     schedule: ProbeSchedule = field(default_factory=ProbeSchedule)
     anticipation: AnticipationConfig = field(default_factory=AnticipationConfig)  # of ek100 only
+    augmented: bool = True  # false: training clips are the middle view of validation, the same in every epoch
+    cache: CacheConfig = field(default_factory=CacheConfig)  # of tokens of clips that are the same every time
+    state: str | None = None  # folder for the state of the fit, which then goes on after a stop
+    workers: int = 0  # processes that decode videos; 0: this one does
+    score_batch: int = 16  # videos at a time in scoring
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,6 +113,23 @@ class ProbeConfig:
                 "ek100 takes one clip by its rate, in one view: set clips.fps, clips.frame_step=null, clips.segments=1 "
                 f"and clips.views=1, not {self.clips}"
             )
+
+        if min(self.workers, self.score_batch - 1) < 0:
+            raise ValueError(f"workers={self.workers} must not be negative, score_batch={self.score_batch} at least 1")
+        if self.cache.folder is not None and (self.is_anticipation or self.clips.validation_offset == "random"):
+            raise ValueError(
+                "cache.folder is set, but no clips are the same every time: leave it out for ek100 and with "
+                "clips.validation_offset=random"
+            )
+
+    def numbers(self) -> str:
+        """A digest of what decides the numbers of a fit; where the data lie is not among it."""
+        kept = asdict(self)
+        kept["dtype"] = kept.pop("cache")["dtype"]
+        for name in ("state", "workers", "score_batch", "source"):
+            kept.pop(name)
+        kept["data"].pop("root")
+        return config_hash(repr(kept))
 
     @property
     def is_anticipation(self) -> bool:

@@ -145,18 +145,27 @@ class Row:
     """Training step of the weights, where they are not a finished stage's: the training curve."""
     training_seed: int | None = None
     """Where several trainings share a table."""
+    digest: str | None = None
+    """Of the model's weights, the recipe and the files it was measured on, by which it is found again."""
 
     @classmethod
     def of(
-        cls, score: Score, *, stage: str, model: str, step: int | None = None, training_seed: int | None = None
+        cls,
+        score: Score,
+        *,
+        stage: str,
+        model: str,
+        step: int | None = None,
+        training_seed: int | None = None,
+        digest: str | None = None,
     ) -> Row:
-        return cls(**asdict(score), stage=stage, model=model, step=step, training_seed=training_seed)
+        return cls(**asdict(score), stage=stage, model=model, step=step, training_seed=training_seed, digest=digest)
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """All but the value: measured again, a row with the same identity takes the place of the old one."""
-        return tuple(value for name, value in asdict(self).items() if name != "value")
+        """All but value and digest: measured again, a row with the same identity takes the place of the old one."""
+        return tuple(value for name, value in asdict(self).items() if name not in ("value", "digest"))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of DESIGN section 8; `step` and `training_seed` only where they are set."""
+        """The fields of DESIGN section 8; `step`, `training_seed` and `digest` only where they are set."""
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -23,9 +23,9 @@ import torch
 
 from evals.datasets import LabelledClips
 from evals.features import EncoderFeatures, FeatureSource, PixelFeatures, read_features
+from evals.labelled_suite import read_splits, run_suite
 from evals.protocol import RGB, RGB_DIFFERENCE, TRAINED, UNTRAINED, EvalConfig, Row
 from evals.results import RESULTS, print_curve, print_table, save
-from evals.run import read_splits, run_suite
 from evals.suites import SUITES
 from evals.tasks import segmentation
 from evals.visualize import masks_figure

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from data_pipeline.prepare.digits import DigitsConfig, make_digits
 from evals.features import EncoderFeatures, PixelFeatures
+from evals.labelled_suite import read_splits, score_source
 from evals.protocol import EvalConfig
-from evals.run import read_splits, score_source
 from evals.suites import MOTION
 from launch.config import RunConfig, load_config
 from launch.prepare import make_real_shards

@@ -28,8 +28,8 @@ import torch
 from data_pipeline.prepare.digits import DigitsConfig, make_digits
 from evals.datasets import LabelledClips
 from evals.features import EncoderFeatures, FeatureSource, PixelFeatures, read_features
+from evals.labelled_suite import read_splits, run_suite
 from evals.protocol import RGB, TRAINED, UNTRAINED, EvalConfig
-from evals.run import read_splits, run_suite
 from evals.suites import MOTION
 from launch.config import RunConfig, load_config
 from launch.judge import standing_alarms, task_scores

@@ -17,7 +17,7 @@ from evals.features import (
     read_features,
     read_out,
 )
-from evals.run import default_sources
+from evals.labelled_suite import default_sources
 from vjepa.batch import normalise
 from vjepa.nn.encoder import Encoder
 from vjepa.registry import create_encoder

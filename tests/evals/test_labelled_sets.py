@@ -12,9 +12,10 @@ from data_pipeline.prepare.digits_scene import DIRECTIONS as DRAWN_DIRECTIONS
 from data_pipeline.prepare.synthetic import make_debug_shards
 from data_pipeline.shards import Shards, unpack_masks
 from evals.datasets import LabelError, LabelledClips, read_labelled, token_classes
+from evals.labelled_suite import read_splits, run_suite
 from evals.protocol import EvalConfig, FitConfig
 from evals.results import read_summary_rows
-from evals.run import main, read_splits, run_suite
+from evals.run import main
 from evals.suites import DIRECTIONS, MOTION
 from tests.evals.sources import MaskFeatures
 from vjepa import create_model, hub

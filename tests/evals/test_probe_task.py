@@ -78,8 +78,8 @@ def test_an_unknown_recipe_and_a_missing_root_are_named() -> None:
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     schedule = load_probe("in1k", ["data.root=/data"]).schedule  # 5 of 20 epochs from 2e-4
-    assert [schedule.lr(p, 1e-3) for p in (0, 0.125, 0.25, 1)] == pytest.approx([2e-4, 6e-4, 1e-3, 0])
-    assert schedule.lr(0.625, 1e-3) == pytest.approx(5e-4)
+    assert [schedule.lr(1e-3, step, 800) for step in (0, 100, 200, 800)] == pytest.approx([2e-4, 6e-4, 1e-3, 0])
+    assert schedule.lr(1e-3, 500, 800) == pytest.approx(5e-4)
 
 
 def test_levels_count_from_one_and_need_a_norm() -> None:

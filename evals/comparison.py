@@ -1,0 +1,155 @@
+"""Several models by several evaluations: one after the other, each kept when it is done, and one table of all.
+
+An evaluation of a model is known by a digest of its weights, the recipe and the files it is measured on: what is among
+the results already is not measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from evals.models import Model, Unsuited
+from evals.protocol import Row
+from evals.published import published_for, published_table
+from evals.registry import Evaluation, NotThere
+from evals.results import RESULTS, ResultsError, ahead_of_trained, print_wide, results_table, save
+
+
+class SetsMissing(ValueError):
+    """Sets that were asked for are not there; the message names all of them and how they should lie."""
+
+
+@dataclass
+class Comparison:
+    """What was measured, and what was not, with the reason."""
+
+    rows: list[Row] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Evaluation -> what was looked for."""
+    unsuited: list[str] = field(default_factory=list)
+    """Evaluations that make no sense for a model."""
+
+
+def open_sets(evaluations: Sequence[Evaluation]) -> tuple[list[tuple[Evaluation, str]], dict[str, str]]:
+    """The evaluations whose sets are there, with what these hold, and for the others what was looked for."""
+    there: list[tuple[Evaluation, str]] = []
+    missing: dict[str, str] = {}
+    for evaluation in evaluations:
+        try:
+            there.append((evaluation, evaluation.open()))
+        except NotThere as error:
+            missing[evaluation.name] = str(error)
+    return there, missing
+
+
+def listing_of(missing: dict[str, str]) -> str:
+    return "\n".join(f"- {name}: {reason.removeprefix(f'{name}: ')}" for name, reason in missing.items())
+
+
+def compare(
+    evaluations: Sequence[Evaluation],
+    models: Sequence[Model],
+    out: Path,
+    *,
+    stage: str,
+    device: torch.device | str = "cpu",
+    skip_missing: bool = False,
+    again: bool = False,
+    say: Callable[[str], None] = print,
+) -> Comparison:
+    """Measure every model by every evaluation; rows go to OUT as soon as an evaluation of a model is done.
+
+    Raises SetsMissing before anything is measured, unless `skip_missing`; nothing is left to measure without a set.
+    """
+    there, missing = open_sets(evaluations)
+    if missing and (not skip_missing or not there):
+        hint = "" if skip_missing else "\nWith --skip-missing the others are run."
+        raise SetsMissing(f"{len(missing)} of {len(evaluations)} sets are missing:\n{listing_of(missing)}{hint}")
+    found, done = Comparison(missing=missing), {} if again else rows_by_digest(out)
+    total, place = len(there) * len(models), 0
+    for evaluation, data in there:
+        for model in models:
+            place += 1
+            label = f"[{place}/{total}] {evaluation.name}, {evaluation.column(model)}"
+            digest = digest_of(evaluation, data, model)
+            if digest in done:
+                found.rows += done[digest]
+                say(f"{label}: done before, {_headline(done[digest])}")
+                continue
+            try:
+                rows, seconds = _measure(evaluation, model, out, stage, device, digest)
+            except Unsuited as reason:
+                found.unsuited.append(f"{evaluation.name}, {model.name}: {reason}")
+                say(f"{label}: left out, {reason}")
+                continue
+            found.rows += rows
+            say(f"{label}: {_headline(rows)}, {seconds:.0f} s")
+    return found
+
+
+def _measure(
+    evaluation: Evaluation, model: Model, out: Path, stage: str, device: torch.device | str, digest: str
+) -> tuple[list[Row], float]:
+    begin, name = time.monotonic(), evaluation.column(model)
+    scores = evaluation.measure(model, out, device)
+    seed = model.training_seed
+    rows = [Row.of(each, stage=stage, model=name, training_seed=seed, digest=digest) for each in scores]
+    save(out, rows)
+    return rows, time.monotonic() - begin
+
+
+def _headline(rows: Sequence[Row]) -> str:
+    return f"{rows[0].task} {rows[0].metric} {rows[0].value:.3f}"
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def digest_of(evaluation: Evaluation, data: str, model: Model) -> str:
+    """Of the weights, the recipe, the files, and the name the rows are kept under."""
+    parts = (evaluation.name, evaluation.numbers(), data, model.identity, evaluation.column(model))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def rows_by_digest(out: Path) -> dict[str, list[Row]]:
+    """What OUT holds of earlier comparisons, the last measurement of each row; {} where there is nothing."""
+    path = out / RESULTS
+    found: dict[str, dict[tuple[object, ...], Row]] = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+        try:
+            row = Row(**json.loads(line))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ResultsError(f"{path}, line {number} is no row of this version ({error}): move it away") from error
+        if row.digest is not None:
+            found.setdefault(row.digest, {})[row.identity] = row
+    return {digest: list(rows.values()) for digest, rows in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def print_comparison(found: Comparison, console: Console | None = None, *, title: str = "") -> None:
+    """The rows; where a rival is ahead; published figures for the same tasks; and what was not measured."""
+    console = console or Console()
+    if found.rows:
+        print_wide(results_table(found.rows, title=title), console)
+        for model, tasks in ahead_of_trained(found.rows).items():
+            console.print(f"{model} is as good as trained or better in: {', '.join(tasks)}", soft_wrap=True)
+    if figures := published_for(_tasks(found.rows)):
+        print_wide(published_table(figures), console)
+    for reason in found.unsuited:
+        console.print(f"left out: {reason}", soft_wrap=True, markup=False)
+    if found.missing:
+        console.print(f"NOT measured, sets missing:\n{listing_of(found.missing)}", soft_wrap=True, markup=False)
+
+
+def _tasks(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(row.task for row in rows))

@@ -1,0 +1,358 @@
+"""Every evaluation by its name: its recipe, where its set lies, and how a model is measured by it.
+
+A kind of evaluation is a class here with `load` (a recipe under overrides), `open` (the set is there, and what it is)
+and `measure` (the scores of a model). `find` is all that a caller needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from omegaconf import MISSING, OmegaConf
+
+from evals.dense_config import RECIPES, DenseConfig, load_depth, load_segmentation
+from evals.dense_sets import DenseSet, DenseSetError
+from evals.labelled_files import DataMissing
+from evals.labelled_suite import read_splits, score_source
+from evals.models import Model, PixelModel
+from evals.probe_config import ProbeConfig, list_recipes, load_probe
+from evals.propagation import PRESETS, PropagationConfig
+from evals.protocol import RGB, EvalConfig, Score
+from evals.references import RGB_PATCHES
+from evals.suites import SUITES
+from evals.tasks import attentive_probe, linear_depth, linear_segmentation
+from evals.tasks.tracking import Tracker, dataset_means, track, tracking_scores
+from evals.videos import AnnotatedVideo, DatasetError, DatasetName, open_dataset, seen_categories
+from vjepa.config import ConfigError, config_hash, merge, resolve
+from vjepa.train.distributed import ALONE
+
+NotThere = (DenseSetError, DatasetError, DataMissing)
+"""What says that a set is not on the disk, or not whole; the message has the tree that was expected."""
+VIDEO_SETS: tuple[DatasetName, ...] = ("davis2016", "davis2017", "youtube_vos")
+FOLDERS: Mapping[str, tuple[str, ...]] = {  # what a set's own folder may be called, besides the evaluation's name
+    "ade20k": ("ADEChallengeData2016",),
+    "cityscapes": ("Cityscapes",),
+    "voc12": ("VOCdevkit", "VOC2012"),
+    "camvid": ("CamVid",),
+    "nyuv2": ("nyu_depth_v2", "NYUv2"),
+    "kitti": ("KITTI",),
+    "rgbd": ("rgbd_7scenes",),
+    "davis2016": ("DAVIS", "DAVIS2016"),
+    "davis2017": ("DAVIS", "DAVIS2017"),
+    "youtube_vos": ("YouTube-VOS/train", "youtube_vos/train", "YouTubeVOS/train"),
+    "ssv2": ("something-something-v2", "SSv2"),
+    "ssv2_384": ("ssv2", "something-something-v2", "SSv2"),
+    "k400": ("kinetics400", "k400", "Kinetics400"),
+    "diving48": ("Diving48", "diving48_v2"),
+    "coin": ("COIN",),
+    "jester": ("20bn-jester", "Jester"),
+    "in1k": ("imagenet", "ImageNet", "ILSVRC2012"),
+    "ek100": ("EPIC-KITCHENS", "epic-kitchens-100"),
+}
+DENSE = ("ade20k", "cityscapes", "voc12", "camvid", "nyuv2", "kitti", "rgbd", *VIDEO_SETS)
+GLOBAL = ("ssv2", "k400", "diving48", "coin", "jester", "in1k", "ek100")
+GROUPS: Mapping[str, tuple[str, ...]] = {"dense": DENSE, "global": GLOBAL, "all": (*DENSE, *GLOBAL)}
+
+
+class Evaluation(Protocol):
+    """One evaluation, ready to run."""
+
+    @property
+    def name(self) -> str: ...
+    def open(self) -> str:
+        """Look for the set; a text of which files it is. Raises one of NotThere."""
+        ...
+
+    def numbers(self) -> str:
+        """A digest of what decides the numbers, the set apart."""
+        ...
+
+    def column(self, model: Model) -> str:
+        """The model's name in the rows."""
+        ...
+
+    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
+        """All scores of a model, the headline first. Raises Unsuited where it makes no sense for it."""
+        ...
+
+
+# ----------------------------------------------------------------------------------------------- kinds of evaluation
+
+
+@dataclass
+class Dense:
+    """A linear layer on the tokens of images: segmentation or depth."""
+
+    name: str
+    config: Any  # SegmentationConfig or DepthConfig, as `module` wants it
+    module: ModuleType
+
+    @classmethod
+    def segmentation(cls, name: str, overrides: Sequence[str]) -> Dense:
+        return cls(name, load_segmentation(name, overrides), linear_segmentation)
+
+    @classmethod
+    def depth(cls, name: str, overrides: Sequence[str]) -> Dense:
+        return cls(name, load_depth(name, overrides), linear_depth)
+
+    @cached_property
+    def splits(self) -> tuple[DenseSet, DenseSet]:
+        return self.module.open_splits(self.config)
+
+    def open(self) -> str:
+        keys = [" ".join(item.key for item in split.items) for split in self.splits]
+        return f"{Path(self.config.data.root).resolve()} {keys}"
+
+    def numbers(self) -> str:
+        config: DenseConfig = self.config
+        return config.numbers()
+
+    def column(self, model: Model) -> str:
+        return model.name
+
+    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
+        source, world = model.dense(self.config), replace(ALONE, device=torch.device(device))
+        return self.module.evaluate(source, self.config, splits=self.splits, patch_size=model.patch_size, world=world)
+
+
+@dataclass
+class TrackingData:
+    """Which videos, and where they lie."""
+
+    dataset: DatasetName = MISSING
+    root: str = MISSING  # the set's folder; nothing is downloaded
+    split: str = "val"
+    sequences: list[str] = field(default_factory=list)  # these videos alone; []: all of the split
+    seen: str | None = None  # YouTube-VOS: meta.json of the training set, whose categories are seen
+    skip_missing: bool = False  # leave out listed videos that are not there
+
+
+@dataclass
+class TrackingConfig:
+    """Masks carried along by features."""
+
+    data: TrackingData = field(default_factory=TrackingData)
+    preset: str = "vjepa21"  # one of evals.propagation.PRESETS, which `propagation` changes
+    propagation: PropagationConfig = field(default_factory=PropagationConfig)
+
+
+def load_tracking(name: str, overrides: Sequence[str]) -> TrackingConfig:
+    """The settings of a set's official protocol under `key=value` overrides; ConfigError for what cannot be."""
+    base = OmegaConf.create({"data": {"dataset": name}})
+    preset = merge(TrackingConfig, [base], overrides).preset
+    if preset not in PRESETS:
+        raise ConfigError(f"preset={preset} is unknown: choose one of {', '.join(PRESETS)}")
+    return resolve(TrackingConfig, [base, OmegaConf.create({"propagation": asdict(PRESETS[preset])})], overrides)
+
+
+@dataclass
+class Tracking:
+    """Video object segmentation without training."""
+
+    name: str
+    config: TrackingConfig
+
+    @classmethod
+    def load(cls, name: str, overrides: Sequence[str]) -> Tracking:
+        return cls(name, load_tracking(name, overrides))
+
+    @cached_property
+    def videos(self) -> list[AnnotatedVideo]:
+        data = self.config.data
+        return open_dataset(
+            data.dataset, Path(data.root), split=data.split, sequences=data.sequences, skip_missing=data.skip_missing
+        )
+
+    def open(self) -> str:
+        frames = [f"{video.name} {' '.join(video.frames)}" for video in self.videos]
+        return f"{Path(self.config.data.root).resolve()} {frames}"
+
+    def numbers(self) -> str:
+        kept = asdict(self.config)
+        kept["data"].pop("root")
+        return config_hash(repr(kept))
+
+    def column(self, model: Model) -> str:
+        """Pixels go without their position here, and are called so."""
+        return model.name.replace(RGB, RGB_PATCHES, 1) if isinstance(model, PixelModel) else model.name
+
+    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
+        data = self.config.data
+        tracker = Tracker(self.column(model), model.frames(), model.patch_size)
+        masks = out / "masks" / self.name / tracker.name
+        objects = track(self.videos, tracker, self.config.propagation, masks, device=device)
+        if not objects:
+            raise DatasetError(f"{self.name}: there are no true masks to score with; predictions are in {masks}")
+        seen = seen_categories(Path(data.seen)) if data.seen else None
+        return tracking_scores(data.dataset, dataset_means(data.dataset, objects, self.videos, seen))
+
+
+@dataclass
+class Attentive:
+    """An attentive probe of clips or images."""
+
+    name: str
+    config: ProbeConfig
+
+    @classmethod
+    def load(cls, name: str, overrides: Sequence[str]) -> Attentive:
+        return cls(name, load_probe(name, overrides))
+
+    def open(self) -> str:
+        return attentive_probe.describe_data(self.config)
+
+    def numbers(self) -> str:
+        return self.config.numbers()
+
+    def column(self, model: Model) -> str:
+        return model.name
+
+    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
+        return attentive_probe.evaluate(model.clips(self.config), self.config, device=device, about=model.identity)
+
+
+@dataclass
+class ShardData:
+    """Where the shards of a suite lie."""
+
+    root: str = MISSING  # a shard folder for each split
+
+
+@dataclass
+class LabelledConfig:
+    """A suite of questions on shards with labels of their own."""
+
+    data: ShardData = field(default_factory=ShardData)
+    seeds: int = 3  # times every probe is fitted
+
+
+@dataclass
+class Labelled:
+    """The demo's questions: all tasks of a suite of `suites.py` on its shards."""
+
+    name: str
+    config: LabelledConfig
+
+    @classmethod
+    def load(cls, name: str, overrides: Sequence[str]) -> Labelled:
+        return cls(name, resolve(LabelledConfig, [], overrides))
+
+    def open(self) -> str:
+        suite, root = SUITES[self.name], Path(self.config.data.root)
+        for split in (suite.train_split, suite.test_split):
+            if not (root / split).is_dir():
+                raise DataMissing(
+                    f"{self.name}: {root / split} is not there. Expected below data.root: shard folders "
+                    f"{suite.train_split}/ and {suite.test_split}/; python -m data_pipeline.prepare.digits makes them"
+                )
+        return f"{root.resolve()}"
+
+    def numbers(self) -> str:
+        return config_hash(f"{self.config.seeds} {SUITES[self.name].tasks}")
+
+    def column(self, model: Model) -> str:
+        return model.name
+
+    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
+        suite, settings = SUITES[self.name], EvalConfig(seeds=tuple(range(self.config.seeds)))
+        train, test = read_splits(
+            suite, self.config.data.root, patch_size=model.patch_size, tubelet_size=model.tubelet_size
+        )
+        return score_source(suite, model.last(), train, test, settings)
+
+
+# ------------------------------------------------------------------------------------------------------------- by name
+
+
+def _recipes_of(task: str) -> list[str]:
+    return sorted(path.stem for path in (RECIPES / task).glob("*.yaml"))
+
+
+LOADERS: dict[str, Any] = {
+    **dict.fromkeys(_recipes_of("segmentation"), Dense.segmentation),
+    **dict.fromkeys(_recipes_of("depth"), Dense.depth),
+    **dict.fromkeys(VIDEO_SETS, Tracking.load),
+    **dict.fromkeys(list_recipes(), Attentive.load),
+    **dict.fromkeys(SUITES, Labelled.load),
+}
+
+
+def names_of(suites: str) -> list[str]:
+    """The evaluations that `dense`, `global`, `all` or names with commas between them stand for, each once."""
+    found: dict[str, None] = {}
+    for name in filter(None, (part.strip() for part in suites.split(","))):
+        if name not in GROUPS and name not in LOADERS:
+            close = difflib.get_close_matches(name, [*GROUPS, *LOADERS], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"--suite {name}: there is no such evaluation.{hint} Groups: {', '.join(GROUPS)}; "
+                f"evaluations: {', '.join(LOADERS)}"
+            )
+        found |= dict.fromkeys(GROUPS.get(name, (name,)))
+    if not found:
+        raise ConfigError("--suite names no evaluation")
+    return list(found)
+
+
+def find(suites: str, overrides: Sequence[str]) -> list[Evaluation]:
+    """The evaluations of `suites` under overrides: data.root=DIR for all, NAME.key=value for one.
+
+    Where there is one evaluation alone, key=value is its own. A set lies in DIR/NAME, or under the name its makers gave
+    it; NAME.data.root=DIR says it for one. Raises ConfigError.
+    """
+    names = names_of(suites)
+    base, own = _sort_overrides(names, overrides)
+    found: list[Evaluation] = []
+    for name in names:
+        mine = own[name]
+        if not any(each.startswith("data.root=") for each in mine):
+            if base is None:
+                raise ConfigError(
+                    f"{name}: where does its set lie? Give data.root=DIR, the folder that holds all sets, or "
+                    f"{name}.data.root=DIR"
+                )
+            mine = [f"data.root={folder_of(name, base)}", *mine]
+        found.append(_load(name, mine))
+    return found
+
+
+def _load(name: str, overrides: Sequence[str]) -> Evaluation:
+    try:
+        return LOADERS[name](name, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _sort_overrides(names: Sequence[str], overrides: Sequence[str]) -> tuple[Path | None, dict[str, list[str]]]:
+    """The folder that holds the sets, and each evaluation's own overrides."""
+    base, own = None, {name: [] for name in names}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        owner, _, rest = key.partition(".")
+        if not equals or not key:
+            raise ConfigError(f"{override!r} is no override: write key=value, for example data.root=DIR")
+        if key == "data.root":
+            base = Path(value)
+        elif owner in own:
+            own[owner].append(f"{rest}={value}")
+        elif len(names) == 1 and owner not in LOADERS:
+            own[names[0]].append(override)
+        else:
+            raise ConfigError(
+                f"{override!r}: whose is it? Write NAME.key=value with one of the evaluations that are asked for: "
+                f"{', '.join(names)}"
+            )
+    return base, own
+
+
+def folder_of(name: str, base: Path) -> Path:
+    """Where the set of an evaluation lies below `base`: the first of its names that is there, or where it should be."""
+    places = [base / each for each in (name, *FOLDERS.get(name, ()))]
+    return next((place for place in places if place.is_dir()), places[0])

@@ -1,0 +1,297 @@
+"""Attentive probes trained: a grid of heads over one encoder pass, the best chosen on held-out training data.
+
+The tasks of `probe_task.py` say what is asked, `grid.py` trains; this module joins the two. A step's videos are decoded
+ahead by loader processes where `workers` says so. Clips that are the same every time (held out and validation; training
+too with `augmented=false`) have their tokens cached where `cache.folder` is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from evals.anticipation import AnticipationFeatures
+from evals.cache import Features, Request, file_digest, open_features
+from evals.epic_kitchens import read_actions
+from evals.features import FeatureSource
+from evals.grid import MAX_OVER_HEADS, Choice, Draws, HeadGrid, Setting, StateFile, choose, fit_grid, score_heads
+from evals.labelled_files import Split, read_index
+from evals.probe_config import ProbeConfig
+from evals.probe_task import ActionClips, AnticipationTask, Batch, ClassificationTask, FileClips, Part, Score
+from evals.protocol import Score as Number
+from vjepa.train.distributed import ALONE, World
+
+TASK, PROBE = "attentive", "attentive"
+SPLITS: tuple[Split, ...] = ("train", "validation")
+AnyTask = ClassificationTask | AnticipationTask
+
+
+def build_task(config: ProbeConfig, source: FeatureSource | AnticipationFeatures) -> AnyTask:
+    """The task of a recipe; DataMissing where its files are not there, ValueError where the source does not fit."""
+    if config.is_anticipation:
+        if not isinstance(source, AnticipationFeatures):
+            raise ValueError("ek100 needs an encoder and its predictor: only released .pt files hold both")
+        return AnticipationTask.build(config, source)
+    return ClassificationTask.build(config, cast(FeatureSource, source))
+
+
+def describe_data(config: ProbeConfig) -> str:
+    """A text of which files the recipe's set holds; DataMissing where they are not there."""
+    data = config.data
+    if config.is_anticipation:
+        found = [repr(read_actions(data.root, split)) for split in SPLITS]
+    else:
+        files = {"train": data.train_files, "validation": data.validation_files}
+        indices = [read_index(data.name, data.root, s, files=files[s], skip_missing=data.skip_missing) for s in SPLITS]
+        found = [f"{index.labels} {' '.join(map(str, index.paths))}" for index in indices]
+    return f"{Path(data.root).resolve()} {found}"
+
+
+def num_steps(config: ProbeConfig, videos: int) -> int:
+    """Whole batches in the recipe's epochs, one at least."""
+    return max(1, config.schedule.epochs * videos // config.schedule.batch_size)
+
+
+# --------------------------------------------------------------------------------------------------- clips to tokens
+
+
+@dataclass(frozen=True)
+class TrainingClips(Dataset[Batch]):
+    """The training set without end: place in the fit's global order -> clip of its sample, of that turn's epoch."""
+
+    data: FileClips | ActionClips
+    draws: Draws
+    is_augmented: bool
+
+    def __len__(self) -> int:
+        return 2**62  # torch asks; places are given to it
+
+    def __getitem__(self, ordinal: int) -> Batch:
+        dataset = replace(self.data, epoch=ordinal // self.draws.count, is_train=self.is_augmented)
+        item = dict(dataset[self.draws.sample(ordinal)])
+        middle = len(item["clips"]) // 2  # training sees one view
+        return item | {"clips": item["clips"][middle : middle + 1]}
+
+
+class TrainingTokens:
+    """Step -> tokens and labels of its batch, the next ones being decoded in the meantime; steps come in order."""
+
+    def __init__(self, task: AnyTask, clips: TrainingClips, steps: int, workers: int) -> None:
+        self.task, self.clips, self.steps, self.workers = task, clips, steps, workers
+        self._next, self._batches = -1, iter(())
+
+    def __call__(self, step: int) -> tuple[Tensor, Any]:
+        if step != self._next:  # the first, or the one at which a stopped fit goes on
+            order = [list(self.clips.draws.ordinals(each)) for each in range(step, self.steps)]
+            self._batches = iter(DataLoader(self.clips, batch_sampler=order, num_workers=self.workers))
+        self._next = step + 1
+        batch = next(self._batches)
+        return self.task.tokens(batch), batch["labels"]
+
+
+@dataclass(frozen=True)
+class CachedClips:
+    """Tokens of clips that are the same every time, kept on the disk: decoded and encoded once for all epochs."""
+
+    data: FileClips
+    features: Features
+
+    def tokens(self, sample: int, *, middle: bool = False) -> Tensor:
+        """[V, S * N, D], or of the middle view alone [1, S * N, D]."""
+        protocol = self.data.reader.protocol
+        item = _Decoded(self.data, sample)
+        views = [protocol.views // 2] if middle else range(protocol.views)
+        about = f"{replace(protocol, augment=type(protocol.augment)())}"  # nothing is augmented
+        requests = [
+            Request(item.content, f"{about} view {view} segment {segment}", item.reader(view, segment))
+            for view in views
+            for segment in range(protocol.segments)
+        ]
+        tokens = self.features(requests).flatten(1, 3)  # [V * S, N, D]
+        return tokens.unflatten(0, (len(views), -1)).flatten(1, 2).float()
+
+    def labels(self, sample: int) -> int:
+        return self.data.index.labels[sample]
+
+
+@dataclass
+class _Decoded:
+    """One video, decoded when the first of its clips is wanted."""
+
+    data: FileClips
+    sample: int
+
+    @property
+    def content(self) -> str:
+        path = self.data.index.paths[self.sample]
+        files = [path] if path.is_file() else sorted(path.iterdir())  # a folder holds frames
+        return " ".join(file_digest(file) for file in files)
+
+    @cached_property
+    def clips(self) -> Tensor:
+        return self.data[self.sample]["clips"]
+
+    def reader(self, view: int, segment: int) -> Any:
+        return lambda: self.clips[view, segment]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of each part come from."""
+
+    task: AnyTask
+    config: ProbeConfig
+    features: Features | None = None
+    """A cache; None: everything is computed when it is wanted."""
+
+    @classmethod
+    def of(cls, task: AnyTask, config: ProbeConfig) -> Tokens:
+        if config.cache.folder is None:
+            return cls(task, config)
+        assert isinstance(task, ClassificationTask)  # ProbeConfig refuses a cache for anticipation
+        cache = config.cache
+        return cls(task, config, open_features(task.source, cache.folder, max_gib=cache.max_gib, dtype=cache.dtype))
+
+    def training(self, steps: int) -> Any:
+        """Step -> tokens [B, S * N, D] and labels."""
+        data = cast(FileClips | ActionClips, self.task.dataset("train"))
+        draws = Draws(len(data), self.config.schedule.batch_size, self.config.seed)
+        if self.features is not None and not self.config.augmented:
+            return self._cached_training(draws)
+        return TrainingTokens(self.task, TrainingClips(data, draws, self.config.augmented), steps, self.config.workers)
+
+    def _cached_training(self, draws: Draws) -> Any:
+        assert self.features is not None
+        data = replace(cast(FileClips, self.task.dataset("train")), is_train=False)
+        clips = CachedClips(data, self.features)
+
+        def at(step: int) -> tuple[Tensor, Tensor]:
+            samples = [draws.sample(ordinal) for ordinal in draws.ordinals(step)]
+            tokens = torch.cat([clips.tokens(sample, middle=True) for sample in samples])
+            return tokens, torch.tensor([clips.labels(sample) for sample in samples])
+
+        return at
+
+    def scored(self, part: Part) -> Iterator[tuple[Tensor, Any]]:
+        """Tokens [B * V, S * N, D] and labels of all of a part, in order."""
+        data, size = self.task.dataset(part), self.config.score_batch
+        if self.features is None:
+            for batch in DataLoader(data, batch_size=size, num_workers=self.config.workers):
+                yield self.task.tokens(batch), batch["labels"]
+            return
+        clips = CachedClips(cast(FileClips, data), self.features)
+        for first in range(0, len(clips.data), size):
+            samples = range(first, min(first + size, len(clips.data)))
+            labels = default_collate([clips.labels(sample) for sample in samples])
+            yield torch.cat([clips.tokens(sample) for sample in samples]), labels
+
+
+# ----------------------------------------------------------------------------------------------------- fit and score
+
+
+@dataclass
+class ProbeMeter:
+    """A task's score as the grid's meters are."""
+
+    score: Score
+
+    def update(self, outputs: Any, labels: Any, /) -> None:
+        self.score.update(outputs, labels)
+
+    def reduce(self, world: World) -> None:
+        world.sum(self.score.state)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """A grid of heads, what each scored, and the one that was chosen."""
+
+    grid: HeadGrid
+    choice: Choice
+    values: tuple[Mapping[str, float], ...]
+    """Of every head on validation."""
+    headline: str
+
+    @property
+    def head(self) -> nn.Module:
+        return self.grid.heads[self.choice.index]
+
+
+def run(
+    source: FeatureSource | AnticipationFeatures,
+    config: ProbeConfig,
+    *,
+    device: torch.device | str = "cpu",
+    about: str = "",
+) -> ProbeResult:
+    """Train the recipe's heads in one process; `about` names the features, for a state that goes on after a stop."""
+    task = build_task(config, source)
+    _check_parts(task, config)
+    steps, tokens = num_steps(config, task.size("train")), Tokens.of(task, config)
+    world = replace(ALONE, device=torch.device(device))
+    state = None if config.state is None else StateFile(Path(config.state) / _state_name(config, source))
+    found = fit_grid(
+        lambda: task.make_head(config.seed),
+        [Setting(*pair) for pair in config.grid.settings()],
+        tokens.training(steps),
+        lambda outputs, labels, *, step: task.loss(outputs, labels),
+        steps=steps,
+        schedule=config.schedule,
+        seed=config.seed,
+        world=world,
+        state=state,
+        about=f"{config.data} {about}",
+    )
+
+    def score(part: Part) -> tuple[Mapping[str, float], ...]:
+        meters = score_heads(found.heads, tokens.scored(part), lambda: ProbeMeter(task.new_score(part)), world=world)
+        return tuple(meter.score.values() for meter in meters)
+
+    values = score("validation")
+    chosen_on = score("held_out") if len(found.heads) > 1 else values
+    choice = choose([each[task.headline] for each in chosen_on], [each[task.headline] for each in values])
+    return ProbeResult(found, choice, values, task.headline)
+
+
+def _check_parts(task: AnyTask, config: ProbeConfig) -> None:
+    several = len(config.grid.settings()) > 1
+    needed: tuple[Part, ...] = ("train", "validation", "held_out") if several else ("train", "validation")
+    if empty := [part for part in needed if not task.size(part)]:
+        raise ValueError(
+            f"{config.data.name}: the part {empty[0]} is empty; data.held_out={config.data.held_out} of the training "
+            "files are held out by a hash of their names, on them the best head is chosen"
+        )
+
+
+def _state_name(config: ProbeConfig, source: FeatureSource | AnticipationFeatures) -> str:
+    return f"{TASK}_{config.name or config.data.name}_{source.name}.pt"
+
+
+def evaluate(
+    source: FeatureSource | AnticipationFeatures,
+    config: ProbeConfig,
+    *,
+    device: torch.device | str = "cpu",
+    about: str = "",
+) -> list[Number]:
+    """`attentive_RECIPE`: the value of the head chosen on held-out training data; its other numbers; the papers'
+    maximum over heads on validation, here after the last epoch."""
+    return scores_of(run(source, config, device=device, about=about), config)
+
+
+def scores_of(result: ProbeResult, config: ProbeConfig) -> list[Number]:
+    """The chosen head's numbers, the headline under the task's own name; then the maximum over heads."""
+    name, seed, headline = f"{TASK}_{config.name or config.data.name}", config.seed, result.headline
+    values = result.values[result.choice.index]
+    found = [Number(name, PROBE, headline, seed, values[headline])]
+    found += [Number(f"{name}_{each}", PROBE, each, seed, value) for each, value in values.items() if each != headline]
+    if len(result.grid.heads) > 1:
+        found.append(Number(f"{name}_{MAX_OVER_HEADS}", PROBE, headline, seed, result.choice.max_over_heads))
+    return found

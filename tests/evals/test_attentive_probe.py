@@ -1,0 +1,108 @@
+"""The engine trains attentive probes from files: motion is learnt, held-out data choose the head, caches agree."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import vjepa
+from evals.features import EncoderFeatures
+from evals.probe_config import ProbeConfig, load_probe
+from evals.tasks.attentive_probe import Tokens, build_task, evaluate, num_steps, run
+from tests.evals.test_anticipation import features, make_epic
+from tests.evals.test_probe_task import render
+from vjepa.config import ConfigError
+
+TINY = ["clips.frames=8", "clips.frame_step=1", "clips.segments=1", "clips.views=1", "clips.size=32"]
+HEAD = ["head.num_heads=4", "head.depth=2", "augmented=false", "data.held_out=.2"]
+
+
+def config_of(root: Path, *overrides: str) -> ProbeConfig:
+    return load_probe("ssv2", ["data.name=folders", f"data.root={root}", *TINY, *HEAD, *overrides])
+
+
+def untrained() -> EncoderFeatures:
+    return EncoderFeatures("untrained", vjepa.create_model("vit_debug", patch_size=16, seed=0))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(tmp_path_factory.mktemp("videos"), train=28, validation=8)
+
+
+def test_a_probe_learns_the_motion_of_rendered_videos(videos: Path, tmp_path: Path) -> None:
+    """Four directions, chance .25: above .5, by the head that held-out videos prefer; the other hardly moves."""
+    grid = ["grid.lr=[1e-7,2e-3]", "grid.weight_decay=[.01]", "schedule.epochs=40", "schedule.batch_size=32"]
+    warmup = ["schedule.warmup_epochs=8", f"cache.folder={tmp_path / 'cache'}"]
+    config = config_of(videos, *grid, *warmup)
+    result = run(untrained(), config)
+    assert result.grid.step == num_steps(config, len(build_task(config, untrained()).dataset("train")))
+    assert result.choice.index == 1
+    assert result.values[1]["accuracy"] > 0.5
+    assert result.values[0]["accuracy"] < 0.5
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4 * 36, "every video is encoded once"
+
+
+def test_numbers_are_named_and_cached_ones_equal_live_ones(videos: Path, tmp_path: Path) -> None:
+    config = config_of(
+        videos, "clips.views=3", "grid.lr=[1e-3,1e-4]", "grid.weight_decay=[.1]", "schedule.epochs=1",
+        "schedule.batch_size=16", "score_batch=5",
+    )  # fmt: skip
+    live = evaluate(untrained(), config)
+    assert [score.task for score in live] == [
+        "attentive_ssv2",
+        "attentive_ssv2_accuracy_top5",
+        "attentive_ssv2_max_over_heads",
+    ]
+    assert live[2].value >= live[0].value
+    cached = replace(config, cache=replace(config.cache, folder=str(tmp_path / "cache")))
+    assert evaluate(untrained(), cached) == live
+    assert evaluate(untrained(), cached) == live, "read back"
+    task = build_task(config, untrained())
+    for part in ("held_out", "validation"):
+        for mine, theirs in zip(
+            Tokens.of(task, config).scored(part), Tokens.of(task, cached).scored(part), strict=True
+        ):
+            assert torch.equal(mine[0], theirs[0])
+            assert torch.equal(mine[1], theirs[1])
+
+
+def test_training_clips_are_augmented_by_their_turn(videos: Path) -> None:
+    config = replace(config_of(videos, "schedule.batch_size=8"), augmented=True)
+    task = build_task(config, untrained())
+    count = task.size("train")
+    steps = num_steps(config, count)
+    tokens, labels = Tokens.of(task, config).training(steps)(0)
+    assert tokens.shape == (8, 4 * 4, 48)
+    again = Tokens.of(task, config).training(steps)
+    assert torch.equal(again(0)[0], tokens)
+    seen = [again(step)[1] for step in range(1, count // 8)]
+    assert len(torch.cat([labels, *seen])) <= count
+    with_worker = Tokens.of(task, replace(config, workers=1)).training(steps)
+    assert torch.equal(with_worker(1)[0], Tokens.of(task, config).training(steps)(1)[0]), "a fit that goes on at step 1"
+
+
+def test_anticipation_is_trained_and_scored(tmp_path: Path) -> None:
+    make_epic(tmp_path)
+    sizes = ["clips.frames=4", "clips.fps=4.0", "clips.size=16", "head.num_heads=4", "head.depth=2", "data.held_out=.4"]
+    fit = ["grid.lr=[1e-3]", "grid.weight_decay=[.1]", "schedule.epochs=2", "schedule.batch_size=2"]
+    config = load_probe("ek100", [f"data.root={tmp_path}", *sizes, *fit])
+    found = {score.task: score.value for score in evaluate(features(fps=4.0), config)}
+    assert found == {
+        "attentive_ek100": 1,
+        "attentive_ek100_verb_recall@5": 1,
+        "attentive_ek100_noun_recall@5": 1,
+    }, "few classes, five answers"
+    with pytest.raises(ValueError, match="needs an encoder and its predictor"):
+        evaluate(untrained(), config)
+
+
+def test_what_cannot_be_is_refused(videos: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cache\.folder is set, but no clips are the same"):
+        config_of(videos, "cache.folder=x", "clips.validation_offset=random")
+    with pytest.raises(ConfigError, match="score_batch=0 at least 1"):
+        config_of(videos, "score_batch=0")
+    config = config_of(videos, "data.held_out=.0001")
+    with pytest.raises(ValueError, match="the part held_out is empty"):
+        run(untrained(), config)

@@ -1,0 +1,220 @@
+"""One command measures named evaluations: all models beside their rivals, once; what is missing or unknown is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vjepa
+from evals.comparison import rows_by_digest
+from evals.models import ForeignModel, load_models
+from evals.protocol import Row
+from evals.published import PUBLISHED
+from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
+from evals.results import read_summary_rows
+from evals.run import main
+from evals.videos import write_mask
+from tests.evals.dense_scenes import write_camvid
+from tests.evals.test_adapters import save, tiny_dinov2, tiny_vjepa2
+from tests.evals.test_probe_task import render
+from vjepa import hub
+from vjepa.config import ConfigError
+
+
+def write_davis(root: Path) -> Path:
+    """Two short videos of a bright square that moves over noise, in the official tree."""
+    for video, step in (("right", 8), ("down", 4)):
+        for frame in range(4):
+            picture = np.random.default_rng(0).integers(0, 90, (64, 96, 3), dtype=np.uint8)
+            ids = np.zeros((64, 96), dtype=np.uint8)
+            where = (slice(16 + (video == "down") * step * frame, 40), slice(8 + (video == "right") * step * frame, 48))
+            picture[where], ids[where] = 230, 1
+            folder = root / "JPEGImages" / "480p" / video
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / f"{frame:05}.jpg", quality=95)
+            write_mask(root / "Annotations" / "480p" / video / f"{frame:05}.png", ids)
+    (root / "ImageSets" / "2016").mkdir(parents=True)
+    (root / "ImageSets" / "2016" / "val.txt").write_text("right\ndown\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of sets: one under its evaluation's name, one under its makers'."""
+    root = tmp_path_factory.mktemp("sets")
+    write_camvid(root / "camvid", {"train": 6, "test": 2})
+    write_davis(root / "DAVIS")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "exports" / "primary"
+    return hub.save_pretrained(vjepa.create_model("vit_debug", seed=5), folder, extra={"pretraining": {"seed": 3}})
+
+
+SHORT = ["camvid.fit.steps=20", "camvid.fit.warmup_steps=5", "camvid.fit.batch_size=4", "camvid.view.crop=[48,64]"]
+SHORT += ["camvid.view.edges=resize", "davis2016.propagation.short_side=64", "davis2016.propagation.context=2"]
+
+
+def arguments(sets: Path, model: Path, out: Path, *more: str, suite: str = "camvid,davis2016") -> list[str]:
+    return ["--model", str(model), "--suite", suite, "--out", str(out), f"data.root={sets}", *SHORT, *more]
+
+
+def rows_of(out: Path) -> list[Row]:
+    return [Row(**json.loads(line)) for line in (out / "evals" / "results.jsonl").read_text().splitlines()]
+
+
+def test_one_command_measures_two_sets_and_again_only_what_is_new(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(sets, model, tmp_path)) == 0
+    printed = capsys.readouterr()
+    rows = rows_of(tmp_path)
+    measured = {(row.task, row.model): row.value for row in rows}
+    for task, pixels in (("linear_segmentation_camvid", "rgb"), ("tracking_davis2016", "rgb_patches")):
+        assert {name for each, name in measured if each == task} == {"trained", "untrained", pixels}
+    assert measured["linear_segmentation_camvid", "rgb"] > 0.4, "classes are colours"
+    trained, untrained = (measured["tracking_davis2016", name] for name in ("trained", "untrained"))
+    assert trained != untrained, "one has seed 5, the other the 3 that its config says the training began with"
+    assert {(row.model, row.training_seed) for row in rows} == {
+        ("trained", 3), ("untrained", 3), ("rgb", None), ("rgb_patches", None),
+    }  # fmt: skip
+    assert "[6/6] davis2016, rgb_patches: tracking_davis2016 J&F" in printed.err
+    table, published = printed.out.split("Published, NOT measured here")
+    assert all(row.task in table for row in rows)
+    assert "V-JEPA 2.1 G" in published
+    assert "0.690" in published
+    assert "V-JEPA" not in table
+    assert {path.name for path in (tmp_path / "masks" / "davis2016").iterdir()} == {
+        "trained",
+        "untrained",
+        "rgb_patches",
+    }
+
+    assert main(arguments(sets, model, tmp_path)) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("done before") == 6
+    assert rows_of(tmp_path) == rows
+    assert [f"{row.value:.3f}" in printed.out for row in rows] == [True] * len(rows)
+
+    assert main(arguments(sets, model, tmp_path, "camvid.fit.lrs=[1e-3]")) == 0
+    assert capsys.readouterr().err.count("done before") == 3, "another recipe is another measurement"
+    assert len(rows_of(tmp_path)) == len(rows) + 6
+
+    assert main([*arguments(sets, model, tmp_path), "--again"]) == 0
+    assert capsys.readouterr().err.count("done before") == 0
+    assert len(rows_of(tmp_path)) == 2 * len(rows) + 6
+    assert sum(map(len, rows_by_digest(tmp_path).values())) == len(rows) + 6, "the newest of each"
+
+
+def test_weights_that_differ_are_measured_and_named_apart(sets: Path, model: Path, tmp_path: Path) -> None:
+    other = hub.save_pretrained(vjepa.create_model("vit_debug", seed=6), tmp_path / "other" / "exports" / "primary")
+    out = tmp_path / "out"
+    models = [str(model), f"second={other}", "untrained:vit_debug"]
+    asked = [word for each in models for word in ("--model", each)]
+    asked += ["--suite", "davis2016", "--out", str(out), f"data.root={sets}", "propagation.short_side=64"]
+    assert main(asked) == 0
+    assert {row.model for row in rows_of(out)} == {
+        "primary", "second", "untrained_vit_debug", "untrained_primary", "untrained_second", "rgb_patches",
+    }  # fmt: skip
+    assert len(rows_by_digest(out)) == 6
+    with pytest.raises(ValueError, match="primary comes twice; results go by names: write --model NAME=PATH"):
+        load_models([str(model), str(other)])
+
+
+def test_missing_sets_are_named_together_and_can_be_left_out(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = arguments(sets, model, tmp_path, suite="ade20k,ssv2,ek100,motion,davis2016")
+    asked = [each for each in asked if not each.startswith("camvid.")]
+    assert main(asked) == 2
+    message = capsys.readouterr().err
+    assert "4 of 5 sets are missing" in message
+    for words in ("- ade20k:", f"{sets}/ade20k", "- ssv2:", "20bn-something", "- ek100:", "EPIC_100", "- motion:"):
+        assert words in message, words
+    assert not (tmp_path / "evals").exists()
+    assert main([*asked, "--skip-missing"]) == 0
+    printed = capsys.readouterr().out
+    assert "NOT measured, sets missing:\n- ade20k:" in printed
+    assert {row.task for row in read_summary_rows(tmp_path)} == {f"tracking_davis2016{end}" for end in ("", "_J", "_F")}
+    assert main([*asked[:3], "ade20k", *asked[4:6], f"data.root={sets}", "--skip-missing"]) == 2, "nothing is left"
+
+
+@pytest.mark.parametrize(
+    ("suite", "overrides", "message"),
+    [
+        ("camvit", ["data.root=x"], "--suite camvit: there is no such evaluation. Did you mean 'camvid'"),
+        ("camvid", [], r"camvid: where does its set lie\? Give data.root=DIR"),
+        ("camvid,kitti", ["data.root=x", "fit.steps=3"], "'fit.steps=3': whose is it"),
+        ("camvid", ["data.root=x", "kitti.fit.steps=3"], "'kitti.fit.steps=3': whose is it"),
+        ("camvid", ["data.root=x", "camvid.fit.stepps=3"], "camvid: .*stepps"),
+        ("davis2016", ["data.root=x", "propagation.topk=3"], "davis2016: .*topk"),
+        ("davis2017", ["data.root=x", "preset=dyno"], "davis2017: preset=dyno is unknown"),
+        ("motion", ["data.root=x", "seed=3"], "motion: .*seed"),
+        (",", ["data.root=x"], "names no evaluation"),
+    ],
+)
+def test_unknown_names_and_keys_are_refused(suite: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find(suite, overrides)
+
+
+def test_a_model_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "nowhere", "--suite", "camvid", "data.root=x"]) == 2
+    assert "--model nowhere: no such file or folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="untrained:vit_hugge: there is no such size"):
+        load_models(["untrained:vit_hugge"])
+
+
+def test_groups_hold_every_recipe_once_and_published_figures_are_of_their_tasks() -> None:
+    assert set(GROUPS["all"]) == set(LOADERS) - {"motion", "ssv2_384"}
+    assert names_of("dense,camvid,global") == [*DENSE, *GLOBAL]
+    tasks = {f"{kind}_{name}" for name in LOADERS for kind in ("linear_segmentation", "linear_depth", "tracking")}
+    assert {each.task for each in PUBLISHED} <= tasks | {f"attentive_{name}" for name in LOADERS}
+    assert all(0 < each.value < 1 or each.metric == "RMSE" for each in PUBLISHED)
+    assert not any(each.task.endswith(("camvid", "rgbd")) for each in PUBLISHED), "no paper has these"
+
+
+def test_overrides_go_to_their_recipe(tmp_path: Path) -> None:
+    (tmp_path / "VOCdevkit").mkdir()
+    voc, davis = find("voc12,davis2017", [f"data.root={tmp_path}", "davis2017.preset=dino", "davis2017.data.root=/d",
+                                          "davis2017.propagation.top_k=3"])  # fmt: skip
+    assert voc.config.data.root == str(tmp_path / "VOCdevkit")  # pyright: ignore[reportAttributeAccessIssue]
+    settings = davis.config  # pyright: ignore[reportAttributeAccessIssue]
+    assert (settings.data.root, settings.propagation.context, settings.propagation.top_k) == ("/d", 7, 3)
+
+
+def test_models_of_transformers_are_measured_beside_their_untrained_selves(sets: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "tiny-dino", tiny_dinov2())
+    out = tmp_path / "out"
+    assert main(["--model", f"hf:{folder}", "--suite", "davis2016", "--out", str(out), f"data.root={sets}",
+                 "propagation.short_side=56"]) == 0  # fmt: skip
+    assert {row.model for row in rows_of(out)} == {"trained", "untrained", "rgb_patches"}
+    model = tiny_vjepa2()
+    for weights in model.parameters():
+        weights.data.mul_(2)
+    trained, first, _ = load_models([f"hf:{save(tmp_path / 'tiny-vjepa2', model)}"])
+    assert isinstance(trained, ForeignModel)
+    assert isinstance(first, ForeignModel)
+    clips = torch.randint(0, 256, (1, 3, 4, 16, 16), dtype=torch.uint8)
+    assert trained.last().tokens(clips).shape == first.last().tokens(clips).shape
+    assert trained.identity != first.identity
+
+
+def test_a_probe_and_its_rivals_are_trained_by_the_same_command(tmp_path: Path) -> None:
+    model = hub.save_pretrained(vjepa.create_model("vit_debug", patch_size=8, seed=5), tmp_path / "model")
+    render(tmp_path / "sets" / "ssv2", train=4, validation=1)
+    small = ["data.name=folders", "clips.frames=8", "clips.frame_step=1", "clips.size=32", "clips.segments=1"]
+    fit = ["head.depth=2", "head.num_heads=4", "grid.lr=[1e-3,1e-4]", "grid.weight_decay=[.1]", "schedule.epochs=1"]
+    out = tmp_path / "out"
+    assert main(["--model", str(model), "--suite", "ssv2", "--out", str(out), f"data.root={tmp_path / 'sets'}",
+                 *small, *fit, "schedule.batch_size=4", "data.held_out=.3"]) == 0  # fmt: skip
+    rows = rows_of(out)
+    assert {row.model for row in rows} == {"trained", "untrained", "rgb"}
+    assert {row.task for row in rows} == {f"attentive_ssv2{end}" for end in ("", "_accuracy_top5", "_max_over_heads")}
