@@ -19,7 +19,7 @@ from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
 from evals.results import read_summary_rows
 from evals.run import main
 from evals.videos import write_mask
-from tests.evals.dense_scenes import write_camvid
+from tests.evals.dense_scenes import write_camvid, write_rgbd
 from tests.evals.test_adapters import save, tiny_dinov2, tiny_vjepa2
 from tests.evals.test_probe_task import render
 from vjepa import hub
@@ -97,9 +97,12 @@ def test_one_command_measures_two_sets_and_again_only_what_is_new(
         "rgb_patches",
     }
 
-    assert main(arguments(sets, model, tmp_path)) == 0
+    assert main([*arguments(sets, model, tmp_path), "--report"]) == 0
     printed = capsys.readouterr()
     assert printed.err.count("done before") == 6
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img ") == 2 * 3 * 2, "two test images or videos, three models, two sets"
+    assert page.index("linear_segmentation_camvid") < page.index("Published, not measured here") < page.index("0.690")
     assert rows_of(tmp_path) == rows
     assert [f"{row.value:.3f}" in printed.out for row in rows] == [True] * len(rows)
 
@@ -111,6 +114,22 @@ def test_one_command_measures_two_sets_and_again_only_what_is_new(
     assert capsys.readouterr().err.count("done before") == 0
     assert len(rows_of(tmp_path)) == 2 * len(rows) + 6
     assert sum(map(len, rows_by_digest(tmp_path).values())) == len(rows) + 6, "the newest of each"
+
+
+def test_depth_is_measured_and_its_pictures_say_what_is_unknown(tmp_path: Path) -> None:
+    write_rgbd(tmp_path / "sets" / "rgbd_7scenes", 8)
+    short = ["data.train_split='0:6'", "data.test_split='6:'", "fit.steps=10", "fit.warmup_steps=2", "fit.batch_size=4"]
+    out = tmp_path / "out"
+    asked = ["--model", "untrained:vit_debug", "--suite", "rgbd", "--report", "--out", str(out), *short]
+    assert main([*asked, f"data.root={tmp_path / 'sets'}"]) == 0
+    assert {row.model for row in rows_of(out)} == {"untrained_vit_debug", "rgb"}
+    assert {row.metric for row in rows_of(out)} >= {"RMSE", "delta1"}
+    picture = np.asarray(Image.open(out / "pictures" / "rgbd" / "rgb" / "00.png"))
+    truth, predicted = picture[18:, 284:564], picture[18:, 568:]  # behind the image, each 280 pixels wide
+    assert (truth[:10].max(axis=-1) == 0).mean() > 0.9, "first rows are unknown in this set"
+    assert (truth[60:180].max(axis=-1) > 0).all()
+    assert (predicted[:180].max(axis=-1) > 0).all()
+    assert (out / "report.html").read_text().count("<img ") == 4
 
 
 def test_weights_that_differ_are_measured_and_named_apart(sets: Path, model: Path, tmp_path: Path) -> None:
