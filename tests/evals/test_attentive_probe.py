@@ -38,6 +38,8 @@ def test_a_probe_learns_the_motion_of_rendered_videos(videos: Path, tmp_path: Pa
     config = config_of(videos, *grid, *warmup)
     result = run(untrained(), config)
     assert result.grid.step == num_steps(config, len(build_task(config, untrained()).dataset("train")))
+    last = config.schedule.lr(2e-3, result.grid.step - 1, result.grid.step)
+    assert result.grid.optimizers[1].param_groups[0]["lr"] == last, "the recipe's schedule"
     assert result.choice.index == 1
     assert result.values[1]["accuracy"] > 0.5
     assert result.values[0]["accuracy"] < 0.5

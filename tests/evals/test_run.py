@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import vjepa
-from evals.comparison import rows_by_digest
-from evals.models import ForeignModel, load_models
+from evals.cache import encoder_identity
+from evals.comparison import compare, rows_by_digest
+from evals.models import EncoderModel, ForeignModel, PixelModel, load_models
 from evals.protocol import Row
 from evals.published import PUBLISHED
 from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
@@ -21,6 +22,7 @@ from evals.run import main
 from evals.videos import write_mask
 from tests.evals.dense_scenes import write_camvid, write_rgbd
 from tests.evals.test_adapters import save, tiny_dinov2, tiny_vjepa2
+from tests.evals.test_anticipation import features, make_epic
 from tests.evals.test_probe_task import render
 from vjepa import hub
 from vjepa.config import ConfigError
@@ -224,6 +226,34 @@ def test_models_of_transformers_are_measured_beside_their_untrained_selves(sets:
     clips = torch.randint(0, 256, (1, 3, 4, 16, 16), dtype=torch.uint8)
     assert trained.last().tokens(clips).shape == first.last().tokens(clips).shape
     assert trained.identity != first.identity
+
+
+def test_an_untrained_rival_begins_where_the_training_began(model: Path) -> None:
+    trained, untrained, pixels = load_models([str(model)])
+    assert trained.identity == encoder_identity(vjepa.create_model("vit_debug", seed=5))
+    assert untrained.identity == encoder_identity(vjepa.create_model("vit_debug", seed=3))
+    assert (pixels.name, pixels.patch_size, pixels.tubelet_size) == ("rgb", 16, 2)
+
+
+def test_anticipation_is_for_models_with_a_predictor(tmp_path: Path) -> None:
+    (tmp_path / "ek100").mkdir()
+    make_epic(tmp_path / "ek100")
+    small = ["clips.frames=4", "clips.fps=4.0", "clips.size=16", "head.num_heads=4", "head.depth=2", "data.held_out=.4"]
+    fit = ["grid.lr=[1e-3]", "grid.weight_decay=[.1]", "schedule.epochs=1", "schedule.batch_size=2"]
+    source = features(fps=4.0)
+    models = [EncoderModel("with", source.encoder, source.predictor), EncoderModel("without", source.encoder)]
+    asked = find("ek100", [f"data.root={tmp_path}", *small, *fit])
+    found = compare(asked, [*models, PixelModel(16, 2)], tmp_path / "out", stage="frozen")
+    assert {(row.task, row.model) for row in found.rows} == {
+        (f"attentive_ek100{end}", "with") for end in ("", "_verb_recall@5", "_noun_recall@5")
+    }
+    assert [each.partition(":")[0] for each in found.unsuited] == ["ek100, without", "ek100, rgb"]
+
+
+def test_a_measurement_that_fails_says_of_what(tmp_path: Path, sets: Path) -> None:
+    asked = find("camvid", [f"data.root={sets}", "view.crop=[40,40]"])
+    with pytest.raises(ValueError, match=r"camvid, rgb: view.crop=\[40, 40\] must be multiples of the patch size 16"):
+        compare(asked, [PixelModel(16, 2)], tmp_path, stage="frozen")
 
 
 def test_a_probe_and_its_rivals_are_trained_by_the_same_command(tmp_path: Path) -> None:
