@@ -40,8 +40,8 @@ def write_davis(root: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(folder / f"{frame:05}.jpg", quality=95)
             write_mask(root / "Annotations" / "480p" / video / f"{frame:05}.png", ids)
-    (root / "ImageSets" / "2016").mkdir(parents=True)
-    (root / "ImageSets" / "2016" / "val.txt").write_text("right\ndown\n")
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("right\ndown\n")
     return root
 
 
@@ -61,10 +61,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SHORT = ["camvid.fit.steps=20", "camvid.fit.warmup_steps=5", "camvid.fit.batch_size=4", "camvid.view.crop=[48,64]"]
-SHORT += ["camvid.view.edges=resize", "davis2016.propagation.short_side=64", "davis2016.propagation.context=2"]
+SHORT += ["camvid.view.edges=resize", "davis2017.propagation.short_side=64", "davis2017.propagation.context=2"]
 
 
-def arguments(sets: Path, model: Path, out: Path, *more: str, suite: str = "camvid,davis2016") -> list[str]:
+def arguments(sets: Path, model: Path, out: Path, *more: str, suite: str = "camvid,davis2017") -> list[str]:
     return ["--model", str(model), "--suite", suite, "--out", str(out), f"data.root={sets}", *SHORT, *more]
 
 
@@ -79,21 +79,21 @@ def test_one_command_measures_two_sets_and_again_only_what_is_new(
     printed = capsys.readouterr()
     rows = rows_of(tmp_path)
     measured = {(row.task, row.model): row.value for row in rows}
-    for task, pixels in (("linear_segmentation_camvid", "rgb"), ("tracking_davis2016", "rgb_patches")):
+    for task, pixels in (("linear_segmentation_camvid", "rgb"), ("tracking_davis2017", "rgb_patches")):
         assert {name for each, name in measured if each == task} == {"trained", "untrained", pixels}
     assert measured["linear_segmentation_camvid", "rgb"] > 0.4, "classes are colours"
-    trained, untrained = (measured["tracking_davis2016", name] for name in ("trained", "untrained"))
+    trained, untrained = (measured["tracking_davis2017", name] for name in ("trained", "untrained"))
     assert trained != untrained, "one has seed 5, the other the 3 that its config says the training began with"
     assert {(row.model, row.training_seed) for row in rows} == {
         ("trained", 3), ("untrained", 3), ("rgb", None), ("rgb_patches", None),
     }  # fmt: skip
-    assert "[6/6] davis2016, rgb_patches: tracking_davis2016 J&F" in printed.err
+    assert "[6/6] davis2017, rgb_patches: tracking_davis2017 J&F" in printed.err
     table, published = printed.out.split("Published, NOT measured here")
     assert all(row.task in table for row in rows)
     assert "V-JEPA 2.1 G" in published
     assert "0.690" in published
     assert "V-JEPA" not in table
-    assert {path.name for path in (tmp_path / "masks" / "davis2016").iterdir()} == {
+    assert {path.name for path in (tmp_path / "masks" / "davis2017").iterdir()} == {
         "trained",
         "untrained",
         "rgb_patches",
@@ -139,7 +139,7 @@ def test_weights_that_differ_are_measured_and_named_apart(sets: Path, model: Pat
     out = tmp_path / "out"
     models = [str(model), f"second={other}", "untrained:vit_debug"]
     asked = [word for each in models for word in ("--model", each)]
-    asked += ["--suite", "davis2016", "--out", str(out), f"data.root={sets}", "propagation.short_side=64"]
+    asked += ["--suite", "davis2017", "--out", str(out), f"data.root={sets}", "propagation.short_side=64"]
     assert main(asked) == 0
     assert {row.model for row in rows_of(out)} == {
         "primary", "second", "untrained_vit_debug", "untrained_primary", "untrained_second", "rgb_patches",
@@ -152,7 +152,7 @@ def test_weights_that_differ_are_measured_and_named_apart(sets: Path, model: Pat
 def test_missing_sets_are_named_together_and_can_be_left_out(
     sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = arguments(sets, model, tmp_path, suite="ade20k,ssv2,ek100,motion,davis2016")
+    asked = arguments(sets, model, tmp_path, suite="ade20k,ssv2,ek100,motion,davis2017")
     asked = [each for each in asked if not each.startswith("camvid.")]
     assert main(asked) == 2
     message = capsys.readouterr().err
@@ -163,7 +163,7 @@ def test_missing_sets_are_named_together_and_can_be_left_out(
     assert main([*asked, "--skip-missing"]) == 0
     printed = capsys.readouterr().out
     assert "NOT measured, sets missing:\n- ade20k:" in printed
-    assert {row.task for row in read_summary_rows(tmp_path)} == {f"tracking_davis2016{end}" for end in ("", "_J", "_F")}
+    assert {row.task for row in read_summary_rows(tmp_path)} == {f"tracking_davis2017{end}" for end in ("", "_J", "_F")}
     assert main([*asked[:3], "ade20k", *asked[4:6], f"data.root={sets}", "--skip-missing"]) == 2, "nothing is left"
 
 
@@ -175,7 +175,7 @@ def test_missing_sets_are_named_together_and_can_be_left_out(
         ("camvid,kitti", ["data.root=x", "fit.steps=3"], "'fit.steps=3': whose is it"),
         ("camvid", ["data.root=x", "kitti.fit.steps=3"], "'kitti.fit.steps=3': whose is it"),
         ("camvid", ["data.root=x", "camvid.fit.stepps=3"], "camvid: .*stepps"),
-        ("davis2016", ["data.root=x", "propagation.topk=3"], "davis2016: .*topk"),
+        ("davis2017", ["data.root=x", "propagation.topk=3"], "davis2017: .*topk"),
         ("davis2017", ["data.root=x", "preset=dyno"], "davis2017: preset=dyno is unknown"),
         ("motion", ["data.root=x", "seed=3"], "motion: .*seed"),
         (",", ["data.root=x"], "names no evaluation"),
@@ -214,7 +214,7 @@ def test_overrides_go_to_their_recipe(tmp_path: Path) -> None:
 def test_models_of_transformers_are_measured_beside_their_untrained_selves(sets: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "tiny-dino", tiny_dinov2())
     out = tmp_path / "out"
-    assert main(["--model", f"hf:{folder}", "--suite", "davis2016", "--out", str(out), f"data.root={sets}",
+    assert main(["--model", f"hf:{folder}", "--suite", "davis2017", "--out", str(out), f"data.root={sets}",
                  "propagation.short_side=56"]) == 0  # fmt: skip
     assert {row.model for row in rows_of(out)} == {"trained", "untrained", "rgb_patches"}
     model = tiny_vjepa2()
