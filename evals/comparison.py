@@ -90,6 +90,8 @@ def compare(
                 found.unsuited.append(f"{evaluation.name}, {model.name}: {reason}")
                 say(f"{label}: left out, {reason}")
                 continue
+            except ValueError as error:
+                raise ValueError(f"{evaluation.name}, {evaluation.column(model)}: {error}") from error
             found.rows += rows
             say(f"{label}: {_headline(rows)}, {seconds:.0f} s")
     return found

@@ -45,11 +45,11 @@ def tracking_picture(
     rows = {"truth": [tint(pictures[frame], video.mask(frame)) for frame in frames]}
     for model, folder in predictions.items():
         rows[model] = [tint(pictures[frame], read_mask(folder / video.name / f"{frame}.png")) for frame in frames]
-    return _table(video.name, rows, width)
+    return picture_rows(video.name, rows, width)
 
 
-def _table(title: str, rows: Mapping[str, list[np.ndarray]], width: int) -> Image.Image:
-    """Named rows of pictures of one size, scaled to `width`."""
+def picture_rows(title: str, rows: Mapping[str, list[np.ndarray]], width: int) -> Image.Image:
+    """Named rows of pictures uint8 [H, W, 3] of one size, scaled to `width`."""
     full_height, full_width = next(iter(rows.values()))[0].shape[:2]
     height, columns = max(1, round(width * full_height / full_width)), len(next(iter(rows.values())))
     label = 16  # pixels of a line of text

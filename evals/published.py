@@ -16,7 +16,6 @@ V2_L, V2_G, V21_G, V21_2B = "V-JEPA 2 L/256", "V-JEPA 2 g", "V-JEPA 2.1 g", "V-J
 DINO_7B, DINO_H = "DINOv3 7B", "DINOv3 H+"
 DENSE_SOURCE = "V-JEPA 2.1 paper, dense tasks (reference vjepa-2.1.md 7.1)"
 GLOBAL_SOURCE = "V-JEPA 2.1 paper, global tasks (reference vjepa-2.1.md 7.2, evaluation.md 1.1)"
-DAVIS_NOTE = "; the paper writes DAVIS, and our notes do not agree on the year"
 COMPAT_NOTE = "; probably 1 s before the action's end: compare anticipation.form=vjepa2_compat"
 
 
@@ -52,8 +51,7 @@ PUBLISHED: tuple[Published, ...] = (
     ),
     *_all("linear_depth_nyuv2", "RMSE", DENSE_SOURCE, g=0.642, v21_g=0.350, v21_G=0.307, dino7b=0.309, dinoH=0.352),
     *_all("linear_depth_kitti", "RMSE", DENSE_SOURCE, g=4.650, v21_g=2.601, v21_G=2.461, dino7b=2.346, dinoH=2.635),
-    *_all("tracking_davis2016", "J&F", DENSE_SOURCE + DAVIS_NOTE, **_DAVIS),
-    *_all("tracking_davis2017", "J&F", DENSE_SOURCE + DAVIS_NOTE, **_DAVIS),
+    *_all("tracking_davis2017", "J&F", DENSE_SOURCE, **_DAVIS),
     *_all("tracking_youtube_vos", "J&F", DENSE_SOURCE + "; 80/20 split of training", **_YOUTUBE),
     *_all("attentive_ssv2", "accuracy", GLOBAL_SOURCE, l=0.737),
     *_all("attentive_ssv2_384", "accuracy", GLOBAL_SOURCE, g=0.773, v21_g=0.769, v21_G=0.777),

@@ -7,7 +7,7 @@ and `measure` (the scores of a model). `find` is all that a caller needs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,16 @@ from typing import Any, Protocol
 
 import torch
 from omegaconf import MISSING, OmegaConf
+from PIL import Image
 
 from evals.dense_config import RECIPES, DenseConfig, load_depth, load_segmentation
+from evals.dense_fit import DenseResult
+from evals.dense_pictures import depth_picture, segmentation_picture
 from evals.dense_sets import DenseSet, DenseSetError
 from evals.labelled_files import DataMissing
 from evals.labelled_suite import read_splits, score_source
 from evals.models import Model, PixelModel
+from evals.overlays import tracking_picture
 from evals.probe_config import ProbeConfig, list_recipes, load_probe
 from evals.propagation import PRESETS, PropagationConfig
 from evals.protocol import RGB, EvalConfig, Score
@@ -58,6 +62,7 @@ FOLDERS: Mapping[str, tuple[str, ...]] = {  # what a set's own folder may be cal
 }
 DENSE = ("ade20k", "cityscapes", "voc12", "camvid", "nyuv2", "kitti", "rgbd", *VIDEO_SETS)
 GLOBAL = ("ssv2", "k400", "diving48", "coin", "jester", "in1k", "ek100")
+PICTURES, NUM_PICTURED = "pictures", 2  # OUT/pictures/NAME/MODEL/*.png of the first test images or videos
 GROUPS: Mapping[str, tuple[str, ...]] = {"dense": DENSE, "global": GLOBAL, "all": (*DENSE, *GLOBAL)}
 
 
@@ -83,6 +88,11 @@ class Evaluation(Protocol):
         ...
 
 
+def _save(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
 # ----------------------------------------------------------------------------------------------- kinds of evaluation
 
 
@@ -93,14 +103,15 @@ class Dense:
     name: str
     config: Any  # SegmentationConfig or DepthConfig, as `module` wants it
     module: ModuleType
+    picture: Callable[[DenseResult, int, str], Image.Image]
 
     @classmethod
     def segmentation(cls, name: str, overrides: Sequence[str]) -> Dense:
-        return cls(name, load_segmentation(name, overrides), linear_segmentation)
+        return cls(name, load_segmentation(name, overrides), linear_segmentation, segmentation_picture)
 
     @classmethod
     def depth(cls, name: str, overrides: Sequence[str]) -> Dense:
-        return cls(name, load_depth(name, overrides), linear_depth)
+        return cls(name, load_depth(name, overrides), linear_depth, depth_picture)
 
     @cached_property
     def splits(self) -> tuple[DenseSet, DenseSet]:
@@ -119,7 +130,11 @@ class Dense:
 
     def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
         source, world = model.dense(self.config), replace(ALONE, device=torch.device(device))
-        return self.module.evaluate(source, self.config, splits=self.splits, patch_size=model.patch_size, world=world)
+        result = self.module.run(source, self.config, splits=self.splits, patch_size=model.patch_size, world=world)
+        for index in range(min(NUM_PICTURED, len(self.splits[1]))):
+            picture = self.picture(result, index, model.name)
+            _save(picture, out / PICTURES / self.name / model.name / f"{index:02}.png")
+        return self.module.scores(result, self.config)
 
 
 @dataclass
@@ -188,6 +203,9 @@ class Tracking:
         tracker = Tracker(self.column(model), model.frames(), model.patch_size)
         masks = out / "masks" / self.name / tracker.name
         objects = track(self.videos, tracker, self.config.propagation, masks, device=device)
+        for video in self.videos[:NUM_PICTURED]:
+            picture = tracking_picture(video, {tracker.name: masks})
+            _save(picture, out / PICTURES / self.name / tracker.name / f"{video.name}.png")
         if not objects:
             raise DatasetError(f"{self.name}: there are no true masks to score with; predictions are in {masks}")
         seen = seen_categories(Path(data.seen)) if data.seen else None

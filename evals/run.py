@@ -22,6 +22,7 @@ from evals.labelled_suite import default_sources, read_pretraining, read_splits,
 from evals.models import load_models
 from evals.protocol import EvalConfig
 from evals.registry import GROUPS, LOADERS, find
+from evals.report import write_report
 from evals.results import print_table, save
 from evals.suites import SUITES
 from vjepa.hub import from_pretrained
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", help=f"name of the stage in the results (default: {STAGE}; with --data: as trained)")
     parser.add_argument("--skip-missing", action="store_true", help="run the others where sets are not there")
     parser.add_argument("--again", action="store_true", help="measure again what the results hold already")
+    parser.add_argument("--report", action="store_true", help="write OUT/report.html: the table and pictures")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"
     )
@@ -99,6 +101,8 @@ def run_recipes(options: argparse.Namespace) -> None:
     )
     title = f"{options.suite}: {len(models)} models, {time.monotonic() - begin:.0f} s; rows in {out}"
     print_comparison(found, title=title)
+    if options.report:
+        print(f"wrote {write_report(found, out, title=title)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

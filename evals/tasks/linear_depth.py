@@ -94,7 +94,11 @@ def evaluate(
     world: World = ALONE,
 ) -> list[Score]:
     """`linear_depth_SET`: the RMSE of the head chosen on held-out training images; then its other numbers."""
-    result = run(source, config, splits=splits, patch_size=patch_size, world=world)
+    return scores(run(source, config, splits=splits, patch_size=patch_size, world=world), config)
+
+
+def scores(result: DenseResult[DepthMeter], config: DepthConfig) -> list[Score]:
+    """What `evaluate` gives, of heads that are fitted already."""
     return scores_of(result, depth_task(f"{TASK}_{config.data.dataset}", config))
 
 

@@ -109,9 +109,12 @@ def evaluate(
     world: World = ALONE,
 ) -> list[Score]:
     """`linear_segmentation_SET`: the mIoU of the head chosen on held-out training images; then its other numbers."""
-    result = run(source, config, splits=splits, patch_size=patch_size, world=world)
-    task = segmentation_task(f"{TASK}_{config.data.dataset}", result.images.data.classes, config)
-    return scores_of(result, task)
+    return scores(run(source, config, splits=splits, patch_size=patch_size, world=world), config)
+
+
+def scores(result: DenseResult[SegmentationMeter], config: SegmentationConfig) -> list[Score]:
+    """What `evaluate` gives, of heads that are fitted already."""
+    return scores_of(result, segmentation_task(f"{TASK}_{config.data.dataset}", result.images.data.classes, config))
 
 
 def location_prior(train: DenseSet, test: DenseSet, config: SegmentationConfig, *, patch_size: int = 16) -> list[Score]:

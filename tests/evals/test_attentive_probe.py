@@ -3,13 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import vjepa
+from evals.adapters import LevelFeatures
 from evals.features import EncoderFeatures
+from evals.grid import Draws
 from evals.probe_config import ProbeConfig, load_probe
 from evals.tasks.attentive_probe import Tokens, build_task, evaluate, num_steps, run
+from tests.evals.rendered import write_video
 from tests.evals.test_anticipation import features, make_epic
 from tests.evals.test_probe_task import render
 from vjepa.config import ConfigError
@@ -38,6 +42,8 @@ def test_a_probe_learns_the_motion_of_rendered_videos(videos: Path, tmp_path: Pa
     config = config_of(videos, *grid, *warmup)
     result = run(untrained(), config)
     assert result.grid.step == num_steps(config, len(build_task(config, untrained()).dataset("train")))
+    last = config.schedule.lr(2e-3, result.grid.step - 1, result.grid.step)
+    assert result.grid.optimizers[1].param_groups[0]["lr"] == last, "the recipe's schedule"
     assert result.choice.index == 1
     assert result.values[1]["accuracy"] > 0.5
     assert result.values[0]["accuracy"] < 0.5
@@ -81,6 +87,25 @@ def test_training_clips_are_augmented_by_their_turn(videos: Path) -> None:
     assert len(torch.cat([labels, *seen])) <= count
     with_worker = Tokens.of(task, replace(config, workers=1)).training(steps)
     assert torch.equal(with_worker(1)[0], Tokens.of(task, config).training(steps)(1)[0]), "a fit that goes on at step 1"
+
+
+def test_training_without_augmentation_sees_the_middle_of_three_views(tmp_path: Path) -> None:
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 32, 64, 3), dtype=np.uint8)
+        for split in ("train", "val"):
+            write_video(tmp_path / split / str(number % 2) / f"{number}.mp4", pixels)
+    config = config_of(tmp_path, "clips.views=3", "data.held_out=1e-9", "schedule.batch_size=4")
+    task = build_task(config, untrained())
+    found, labels = Tokens.of(task, config).training(1)(0)
+    kept = Tokens.of(task, replace(config, cache=replace(config.cache, folder=str(tmp_path / "cache"))))
+    cached, cached_labels = kept.training(1)(0)
+    order = [Draws(4, 4, config.seed).sample(place) for place in range(4)]
+    clips = task.dataset("validation")  # the same four videos
+    middle = torch.stack([clips[sample]["clips"][1, 0] for sample in order])
+    expected = LevelFeatures("one", untrained().encoder, (untrained().encoder.levels[-1],)).tokens(middle).flatten(1, 3)
+    for tokens, classes in ((found, labels), (cached, cached_labels)):
+        assert torch.allclose(tokens, expected, atol=1e-6)
+        assert classes.tolist() == [clips[sample]["labels"] for sample in order]
 
 
 def test_anticipation_is_trained_and_scored(tmp_path: Path) -> None:

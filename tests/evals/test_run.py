@@ -11,16 +11,18 @@ import torch
 from PIL import Image
 
 import vjepa
-from evals.comparison import rows_by_digest
-from evals.models import ForeignModel, load_models
+from evals.cache import encoder_identity
+from evals.comparison import compare, rows_by_digest
+from evals.models import EncoderModel, ForeignModel, PixelModel, load_models
 from evals.protocol import Row
 from evals.published import PUBLISHED
 from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
 from evals.results import read_summary_rows
 from evals.run import main
 from evals.videos import write_mask
-from tests.evals.dense_scenes import write_camvid
+from tests.evals.dense_scenes import write_camvid, write_rgbd
 from tests.evals.test_adapters import save, tiny_dinov2, tiny_vjepa2
+from tests.evals.test_anticipation import features, make_epic
 from tests.evals.test_probe_task import render
 from vjepa import hub
 from vjepa.config import ConfigError
@@ -38,8 +40,8 @@ def write_davis(root: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(folder / f"{frame:05}.jpg", quality=95)
             write_mask(root / "Annotations" / "480p" / video / f"{frame:05}.png", ids)
-    (root / "ImageSets" / "2016").mkdir(parents=True)
-    (root / "ImageSets" / "2016" / "val.txt").write_text("right\ndown\n")
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("right\ndown\n")
     return root
 
 
@@ -59,10 +61,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SHORT = ["camvid.fit.steps=20", "camvid.fit.warmup_steps=5", "camvid.fit.batch_size=4", "camvid.view.crop=[48,64]"]
-SHORT += ["camvid.view.edges=resize", "davis2016.propagation.short_side=64", "davis2016.propagation.context=2"]
+SHORT += ["camvid.view.edges=resize", "davis2017.propagation.short_side=64", "davis2017.propagation.context=2"]
 
 
-def arguments(sets: Path, model: Path, out: Path, *more: str, suite: str = "camvid,davis2016") -> list[str]:
+def arguments(sets: Path, model: Path, out: Path, *more: str, suite: str = "camvid,davis2017") -> list[str]:
     return ["--model", str(model), "--suite", suite, "--out", str(out), f"data.root={sets}", *SHORT, *more]
 
 
@@ -77,29 +79,32 @@ def test_one_command_measures_two_sets_and_again_only_what_is_new(
     printed = capsys.readouterr()
     rows = rows_of(tmp_path)
     measured = {(row.task, row.model): row.value for row in rows}
-    for task, pixels in (("linear_segmentation_camvid", "rgb"), ("tracking_davis2016", "rgb_patches")):
+    for task, pixels in (("linear_segmentation_camvid", "rgb"), ("tracking_davis2017", "rgb_patches")):
         assert {name for each, name in measured if each == task} == {"trained", "untrained", pixels}
     assert measured["linear_segmentation_camvid", "rgb"] > 0.4, "classes are colours"
-    trained, untrained = (measured["tracking_davis2016", name] for name in ("trained", "untrained"))
+    trained, untrained = (measured["tracking_davis2017", name] for name in ("trained", "untrained"))
     assert trained != untrained, "one has seed 5, the other the 3 that its config says the training began with"
     assert {(row.model, row.training_seed) for row in rows} == {
         ("trained", 3), ("untrained", 3), ("rgb", None), ("rgb_patches", None),
     }  # fmt: skip
-    assert "[6/6] davis2016, rgb_patches: tracking_davis2016 J&F" in printed.err
+    assert "[6/6] davis2017, rgb_patches: tracking_davis2017 J&F" in printed.err
     table, published = printed.out.split("Published, NOT measured here")
     assert all(row.task in table for row in rows)
     assert "V-JEPA 2.1 G" in published
     assert "0.690" in published
     assert "V-JEPA" not in table
-    assert {path.name for path in (tmp_path / "masks" / "davis2016").iterdir()} == {
+    assert {path.name for path in (tmp_path / "masks" / "davis2017").iterdir()} == {
         "trained",
         "untrained",
         "rgb_patches",
     }
 
-    assert main(arguments(sets, model, tmp_path)) == 0
+    assert main([*arguments(sets, model, tmp_path), "--report"]) == 0
     printed = capsys.readouterr()
     assert printed.err.count("done before") == 6
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img ") == 2 * 3 * 2, "two test images or videos, three models, two sets"
+    assert page.index("linear_segmentation_camvid") < page.index("Published, not measured here") < page.index("0.690")
     assert rows_of(tmp_path) == rows
     assert [f"{row.value:.3f}" in printed.out for row in rows] == [True] * len(rows)
 
@@ -113,12 +118,28 @@ def test_one_command_measures_two_sets_and_again_only_what_is_new(
     assert sum(map(len, rows_by_digest(tmp_path).values())) == len(rows) + 6, "the newest of each"
 
 
+def test_depth_is_measured_and_its_pictures_say_what_is_unknown(tmp_path: Path) -> None:
+    write_rgbd(tmp_path / "sets" / "rgbd_7scenes", 8)
+    short = ["data.train_split='0:6'", "data.test_split='6:'", "fit.steps=10", "fit.warmup_steps=2", "fit.batch_size=4"]
+    out = tmp_path / "out"
+    asked = ["--model", "untrained:vit_debug", "--suite", "rgbd", "--report", "--out", str(out), *short]
+    assert main([*asked, f"data.root={tmp_path / 'sets'}"]) == 0
+    assert {row.model for row in rows_of(out)} == {"untrained_vit_debug", "rgb"}
+    assert {row.metric for row in rows_of(out)} >= {"RMSE", "delta1"}
+    picture = np.asarray(Image.open(out / "pictures" / "rgbd" / "rgb" / "00.png"))
+    truth, predicted = picture[18:, 284:564], picture[18:, 568:]  # behind the image, each 280 pixels wide
+    assert (truth[:10].max(axis=-1) == 0).mean() > 0.9, "first rows are unknown in this set"
+    assert (truth[60:180].max(axis=-1) > 0).all()
+    assert (predicted[:180].max(axis=-1) > 0).all()
+    assert (out / "report.html").read_text().count("<img ") == 4
+
+
 def test_weights_that_differ_are_measured_and_named_apart(sets: Path, model: Path, tmp_path: Path) -> None:
     other = hub.save_pretrained(vjepa.create_model("vit_debug", seed=6), tmp_path / "other" / "exports" / "primary")
     out = tmp_path / "out"
     models = [str(model), f"second={other}", "untrained:vit_debug"]
     asked = [word for each in models for word in ("--model", each)]
-    asked += ["--suite", "davis2016", "--out", str(out), f"data.root={sets}", "propagation.short_side=64"]
+    asked += ["--suite", "davis2017", "--out", str(out), f"data.root={sets}", "propagation.short_side=64"]
     assert main(asked) == 0
     assert {row.model for row in rows_of(out)} == {
         "primary", "second", "untrained_vit_debug", "untrained_primary", "untrained_second", "rgb_patches",
@@ -131,7 +152,7 @@ def test_weights_that_differ_are_measured_and_named_apart(sets: Path, model: Pat
 def test_missing_sets_are_named_together_and_can_be_left_out(
     sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = arguments(sets, model, tmp_path, suite="ade20k,ssv2,ek100,motion,davis2016")
+    asked = arguments(sets, model, tmp_path, suite="ade20k,ssv2,ek100,motion,davis2017")
     asked = [each for each in asked if not each.startswith("camvid.")]
     assert main(asked) == 2
     message = capsys.readouterr().err
@@ -142,7 +163,7 @@ def test_missing_sets_are_named_together_and_can_be_left_out(
     assert main([*asked, "--skip-missing"]) == 0
     printed = capsys.readouterr().out
     assert "NOT measured, sets missing:\n- ade20k:" in printed
-    assert {row.task for row in read_summary_rows(tmp_path)} == {f"tracking_davis2016{end}" for end in ("", "_J", "_F")}
+    assert {row.task for row in read_summary_rows(tmp_path)} == {f"tracking_davis2017{end}" for end in ("", "_J", "_F")}
     assert main([*asked[:3], "ade20k", *asked[4:6], f"data.root={sets}", "--skip-missing"]) == 2, "nothing is left"
 
 
@@ -154,7 +175,7 @@ def test_missing_sets_are_named_together_and_can_be_left_out(
         ("camvid,kitti", ["data.root=x", "fit.steps=3"], "'fit.steps=3': whose is it"),
         ("camvid", ["data.root=x", "kitti.fit.steps=3"], "'kitti.fit.steps=3': whose is it"),
         ("camvid", ["data.root=x", "camvid.fit.stepps=3"], "camvid: .*stepps"),
-        ("davis2016", ["data.root=x", "propagation.topk=3"], "davis2016: .*topk"),
+        ("davis2017", ["data.root=x", "propagation.topk=3"], "davis2017: .*topk"),
         ("davis2017", ["data.root=x", "preset=dyno"], "davis2017: preset=dyno is unknown"),
         ("motion", ["data.root=x", "seed=3"], "motion: .*seed"),
         (",", ["data.root=x"], "names no evaluation"),
@@ -193,7 +214,7 @@ def test_overrides_go_to_their_recipe(tmp_path: Path) -> None:
 def test_models_of_transformers_are_measured_beside_their_untrained_selves(sets: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "tiny-dino", tiny_dinov2())
     out = tmp_path / "out"
-    assert main(["--model", f"hf:{folder}", "--suite", "davis2016", "--out", str(out), f"data.root={sets}",
+    assert main(["--model", f"hf:{folder}", "--suite", "davis2017", "--out", str(out), f"data.root={sets}",
                  "propagation.short_side=56"]) == 0  # fmt: skip
     assert {row.model for row in rows_of(out)} == {"trained", "untrained", "rgb_patches"}
     model = tiny_vjepa2()
@@ -205,6 +226,34 @@ def test_models_of_transformers_are_measured_beside_their_untrained_selves(sets:
     clips = torch.randint(0, 256, (1, 3, 4, 16, 16), dtype=torch.uint8)
     assert trained.last().tokens(clips).shape == first.last().tokens(clips).shape
     assert trained.identity != first.identity
+
+
+def test_an_untrained_rival_begins_where_the_training_began(model: Path) -> None:
+    trained, untrained, pixels = load_models([str(model)])
+    assert trained.identity == encoder_identity(vjepa.create_model("vit_debug", seed=5))
+    assert untrained.identity == encoder_identity(vjepa.create_model("vit_debug", seed=3))
+    assert (pixels.name, pixels.patch_size, pixels.tubelet_size) == ("rgb", 16, 2)
+
+
+def test_anticipation_is_for_models_with_a_predictor(tmp_path: Path) -> None:
+    (tmp_path / "ek100").mkdir()
+    make_epic(tmp_path / "ek100")
+    small = ["clips.frames=4", "clips.fps=4.0", "clips.size=16", "head.num_heads=4", "head.depth=2", "data.held_out=.4"]
+    fit = ["grid.lr=[1e-3]", "grid.weight_decay=[.1]", "schedule.epochs=1", "schedule.batch_size=2"]
+    source = features(fps=4.0)
+    models = [EncoderModel("with", source.encoder, source.predictor), EncoderModel("without", source.encoder)]
+    asked = find("ek100", [f"data.root={tmp_path}", *small, *fit])
+    found = compare(asked, [*models, PixelModel(16, 2)], tmp_path / "out", stage="frozen")
+    assert {(row.task, row.model) for row in found.rows} == {
+        (f"attentive_ek100{end}", "with") for end in ("", "_verb_recall@5", "_noun_recall@5")
+    }
+    assert [each.partition(":")[0] for each in found.unsuited] == ["ek100, without", "ek100, rgb"]
+
+
+def test_a_measurement_that_fails_says_of_what(tmp_path: Path, sets: Path) -> None:
+    asked = find("camvid", [f"data.root={sets}", "view.crop=[40,40]"])
+    with pytest.raises(ValueError, match=r"camvid, rgb: view.crop=\[40, 40\] must be multiples of the patch size 16"):
+        compare(asked, [PixelModel(16, 2)], tmp_path, stage="frozen")
 
 
 def test_a_probe_and_its_rivals_are_trained_by_the_same_command(tmp_path: Path) -> None:
