@@ -303,11 +303,16 @@ def test_a_stopped_evaluation_goes_on_and_another_is_refused(
 
 
 def both_tasks(camvid: Path, rgbd: Path, world: World) -> list[float]:
-    """All numbers of a small grid of each task; voids and unknown depths lie unevenly on the ranks."""
+    """Numbers of a small grid of each task and how much was scored; voids and unknown depths lie unevenly on ranks."""
     seg = segmentation(camvid, "fit.lrs=[0.01,0.05]", "fit.steps=3", "dropout=0.2", "augment.flip=0.5")
     dep = depth(rgbd, "fit.steps=3", "mean_steps=1", "fit.clip_grad=1", "flip_average=true")
-    scores = linear_segmentation.evaluate(Colours(), seg, world=world)
-    return [score.value for score in [*scores, *linear_depth.evaluate(Colours(), dep, world=world)]]
+    classes, metres = (
+        linear_segmentation.run(Colours(), seg, world=world),
+        linear_depth.run(Colours(), dep, world=world),
+    )
+    counted = [classes.meter.counts.sum().item(), float(metres.meter.images)]
+    numbers = [*classes.meter.scores().values(), classes.choice.max_over_heads, *metres.meter.scores().values()]
+    return [*counted, *numbers]
 
 
 def both_on_this_rank(camvid: Path, rgbd: Path) -> list[float]:
