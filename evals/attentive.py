@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -197,12 +197,3 @@ def average_views(logits: Tensor, views: int) -> Tensor:
     if len(logits) % views:
         raise ValueError(f"{len(logits)} rows of scores do not divide into videos of {views} views")
     return logits.float().softmax(dim=-1).unflatten(0, (-1, views)).mean(dim=1)
-
-
-def make_heads(
-    embed_dim: int, num_classes: int | Mapping[str, int], config: AttentiveConfig, seeds: Sequence[int]
-) -> list[AttentiveClassifier | AttentiveClassifiers]:
-    """A head for each seed: the classifier of one question, or of several by name."""
-    if isinstance(num_classes, int):
-        return [AttentiveClassifier(embed_dim, num_classes, config, seed=seed) for seed in seeds]
-    return [AttentiveClassifiers(embed_dim, num_classes, config, seed=seed) for seed in seeds]

@@ -1,4 +1,4 @@
-"""What the encoder of a run sees: pictures of its features on a few clips of the run's own shards."""
+"""What the encoder of a run sees: pictures of its features on a few clips of the run's own data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from data_pipeline.decode import DecodeError
-from data_pipeline.shards import ShardError, Shards
+from data_pipeline.shards import ShardError
+from data_pipeline.sources import Records, open_source
+from data_pipeline.stream import is_stream
 from evals.visualize import read_clip, visualize_clip
 from launch.config import RunConfig
 from launch.report_run import Run
@@ -43,15 +45,16 @@ def pca_figures(run: Run) -> tuple[dict[str, Figure], list[str]]:
 
 
 def _clips(config: RunConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """A few clips of the run's video shards, of different videos where there are some, as uint8 [C, T, H, W]."""
-    sources = [(name, Shards(source.path, "video")) for name, source in config.data.video.sources.items()]
-    records = [(name, shards, index) for name, shards in sources for index in _of_different_videos(shards)]
+    """A few clips of the run's videos, of different videos where there are some, as uint8 [C, T, H, W]."""
+    known = {name: source for name, source in config.data.video.sources.items() if not is_stream(source.path)}
+    sources = [(name, open_source(each.path, "video", remote=config.data.remote)) for name, each in known.items()]
+    records = [(name, records, index) for name, records in sources for index in _of_different_videos(records)]
     geometry = config.data.video.clip
     size = _picture_size(config)
     clips: dict[str, Tensor] = {}
-    notes = [] if records else ["no pictures of features: the run has no video source"]
-    for name, shards, index in [records[i] for i in _spread(len(records), NUM_CLIPS)]:
-        data, row = shards.read(index)
+    notes = [] if records else ["no pictures of features: the run has no video source, or a stream only"]
+    for name, source, index in [records[i] for i in _spread(len(records), NUM_CLIPS)]:
+        data, row = source.read(index)
         caption = f"{name} / {row['key']} at {size} px (trained at {geometry.size})"
         try:
             clips[caption] = read_clip(data, "video", frames=geometry.frames, fps=geometry.fps, size=size, position=0.5)
@@ -71,12 +74,12 @@ def _picture_size(config: RunConfig) -> int:
     return size * -(-MIN_PATCHES * config.model.patch_size // size)
 
 
-def _of_different_videos(shards: Shards) -> list[int]:
+def _of_different_videos(records: Records) -> list[int]:
     """Up to NUM_CLIPS records out of a few dozen, evenly spaced, each cut from another video as far as possible."""
-    candidates = _spread(len(shards), LOOKED_AT)
+    candidates = _spread(len(records), LOOKED_AT)
     first_of: dict[str, int] = {}
     for index in candidates:
-        first_of.setdefault(shards.row(index)["source_path"], index)
+        first_of.setdefault(records.row(index)["source_path"], index)
     firsts = list(first_of.values())
     if len(firsts) >= NUM_CLIPS:
         return [firsts[i] for i in _spread(len(firsts), NUM_CLIPS)]

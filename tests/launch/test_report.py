@@ -16,6 +16,7 @@ from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceC
 from data_pipeline.prepare.synthetic import make_debug_shards
 from evals.protocol import Row
 from evals.results import merge_summary
+from launch import report_pictures
 from launch.config import RunConfig
 from launch.report import build_report, main
 from launch.report_figures import (
@@ -29,6 +30,7 @@ from launch.report_figures import (
 )
 from launch.report_pictures import NUM_CLIPS
 from launch.report_run import ReportError
+from tests.data_pipeline.made_videos import ramp, write_video
 from vjepa import hub
 from vjepa.config import ModelConfig, PredictorSettings, build_models, to_yaml
 from vjepa.objectives.jepa import JEPA
@@ -388,3 +390,13 @@ def test_smoothing_keeps_a_constant_and_removes_noise() -> None:
     assert smoothed(np.full(100, 3.0)).tolist() == pytest.approx([3.0] * 100)
     noise = np.random.default_rng(0).normal(size=3000)
     assert smoothed(noise).std() < 0.2 * noise.std()
+
+
+def test_pictures_are_made_of_media_files_too_and_of_streams_not(tmp_path: Path) -> None:
+    write_video(tmp_path / "film.mp4", ramp(30))
+    clip = ClipConfig(frames=4, size=64)
+    sources = {"plain": SourceConfig(str(tmp_path)), "stream": SourceConfig(str(tmp_path / "x-{0..9}.tar"))}
+    config = RunConfig(data=DataConfig(video=ModalityConfig(sources, clip)))
+    clips, notes = report_pictures._clips(config)
+    assert [caption.partition(" at ")[0] for caption in clips] == ["plain / film.mp4"]
+    assert not notes
