@@ -26,6 +26,8 @@ class Heap:
 
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if self._trim is not None:
+            self._trim(0)  # a fork inherits what its parent has freed: given back later, it would hide growth
         self._first = self._low = private_bytes()
 
     def give_back(self) -> int:

@@ -32,7 +32,8 @@ Request = dict[str, range]
 MOST_DEATHS = 5
 """Workers that one micro-batch may cost while none of its samples is being decoded."""
 _LOOK_EVERY = 0.5  # seconds between looks at the time limits
-_STRIKES = 2  # the first may be an accident: another process took the memory, somebody sent a signal
+_STRIKES = 2  # workers that a sample may cost; the first may be an accident
+_STRIKES_KILLED = 4  # of SIGKILL, which comes from outside: too little memory, maybe taken by another process
 
 
 @dataclass(frozen=True)
@@ -201,14 +202,15 @@ class Supervised:
             log.warning("data worker %d: %s. It is replaced, nothing is lost", done.slot, lost.reason)
         else:
             self._strikes[attempt] += 1
-            is_bad = self._strikes[attempt] >= _STRIKES
+            is_bad = self._strikes[attempt] >= (_STRIKES_KILLED if "SIGKILL" in lost.reason else _STRIKES)
             what = "the sample counts as bad" if is_bad else "the sample is tried once more"
             log.warning(
                 "data worker %d, decoding %s (%s ordinal %d): %s. It is replaced, %s",
                 *(done.slot, self._name(attempt), attempt.modality, attempt.ordinal, lost.reason, what),
             )
             if is_bad:
-                job = replace(job, lost={**job.lost, attempt: f"decoding it cost two workers: {lost.reason}"})
+                cost = f"decoding it cost {self._strikes[attempt]} workers: {lost.reason}"
+                job = replace(job, lost={**job.lost, attempt: cost})
         heapq.heappush(self._again, (done.number, job))
         return None
 

@@ -74,11 +74,10 @@ def test_killed_workers_change_nothing(shards: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         for item in disturbed:
             items.append(item)
-            for pid in worker_pids()[: 1 + len(items) % 2]:
+            for pid in worker_pids()[len(items) % 2 :][:1]:  # now the one, now the other
                 os.kill(pid, signal.SIGKILL)
-                time.sleep(0.02)
     assert stream(items) == whole
-    assert disturbed.events.died >= 3  # one that was idle is replaced without a word
+    assert disturbed.events.died >= 2  # one that was idle is replaced without a word
     assert not rejected(items)
     assert "is replaced" in caplog.text
     assert not worker_pids()
@@ -93,7 +92,7 @@ def test_a_file_that_crashes_its_decoder_costs_that_sample(
     items = list(crashing)
     bad = rejected(items)
     assert {each.key for each in bad} == {key}
-    assert all("cost two workers" in each.reason and "SIGSEGV" in each.reason for each in bad)
+    assert all("cost 2 workers" in each.reason and "SIGSEGV" in each.reason for each in bad)
     ordinals = {each.ordinal for each in bad}
     assert len(ordinals) == 3  # of three epochs
     found = stream(items)["video"]
