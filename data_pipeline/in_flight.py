@@ -59,6 +59,10 @@ class InFlight:
         kind, ordinal, number, since = self._rows[slot].tolist()
         return Attempt(_MODALITIES[kind - 1], ordinal, number) if kind else None, since / 1e9
 
+    def forget(self, slot: int) -> None:
+        """Called where a worker was lost: its replacement, which may die before it begins, decodes nothing yet."""
+        self._rows[slot] = 0
+
     def _say(self, kind: int, ordinal: int, number: int) -> None:
         slot = worker_number()
         if slot is not None:

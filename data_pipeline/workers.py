@@ -184,6 +184,7 @@ class Supervised:
     def _again_or_error(self, done: Done[Job, Any], lost: Lost) -> Raised | None:
         """Queue a micro-batch whose worker was lost once more, without the sample that is to blame."""
         attempt, _ = self._in_flight.of(done.slot)
+        self._in_flight.forget(done.slot)
         is_slow = lost.reason.startswith("took longer")
         self._events.timed_out += is_slow
         self._events.died += not is_slow

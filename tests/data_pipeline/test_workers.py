@@ -21,6 +21,7 @@ from test_loader import config, stream
 
 from data_pipeline import dataset as dataset_module
 from data_pipeline import loader as loader_module
+from data_pipeline import workers as workers_module
 from data_pipeline.config import ClipConfig, DataConfig, ModalityConfig, SourceConfig
 from data_pipeline.decode import open_decoder
 from data_pipeline.loader import Loader, build_loader
@@ -128,6 +129,32 @@ def test_a_crash_that_does_not_come_again_costs_nothing(shards: Path, on_decodin
     on_decoding(once)
     items = list(built(shards))
     assert (tmp_path / "crashed").exists()
+    assert stream(items) == whole
+    assert not rejected(items)
+
+
+def test_a_worker_that_dies_before_it_begins_blames_no_sample(
+    shards: Path, on_decoding: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its place still named what the worker before it was decoding."""
+    whole, begin = stream(built(shards)), workers_module.start_worker
+
+    def once_more(parent: int, number: int) -> None:
+        if (tmp_path / "crashed").exists() and not (tmp_path / "again").exists():
+            (tmp_path / "again").touch()
+            crash()
+        begin(parent, number)
+
+    def once() -> None:
+        if not (tmp_path / "crashed").exists():
+            (tmp_path / "crashed").touch()
+            crash()
+
+    on_decoding(once)
+    monkeypatch.setattr(workers_module, "start_worker", once_more)
+    disturbed = built(shards, workers=1)
+    items = list(disturbed)
+    assert disturbed.events.died == 2
     assert stream(items) == whole
     assert not rejected(items)
 
