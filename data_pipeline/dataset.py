@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from data_pipeline.cache import RecordCache
 from data_pipeline.clips import random_view_times
@@ -77,8 +76,8 @@ class _Modality:
         return opened
 
 
-class ClipDataset(Dataset[dict[str, list[Sample]]]):
-    """All modalities of a configuration; indexed by a request `{modality: ordinals}`.
+class ClipDataset:
+    """All modalities of a configuration: `micro_batch` of a request `{modality: ordinals}`, or one `sample`.
 
     Raises ValueError where a modality has no sources, a source no samples, or a decoder does not load.
     """
@@ -108,14 +107,13 @@ class ClipDataset(Dataset[dict[str, list[Sample]]]):
             shards = [each for opened in self._opened.values() for each in opened.shards]
             cache.expect(sum(each.total_bytes for each in shards if each.is_remote))
 
-    def __getitem__(self, request: dict[str, range]) -> dict[str, list[Sample]]:
-        """The samples of a micro-batch, every modality's in the order of its ordinals."""
-        return self.micro_batch(request)
-
     def micro_batch(
         self, request: dict[str, range], lost: Mapping[Attempt, str] | None = None
     ) -> dict[str, list[Sample]]:
-        """The same, without the attempts that are known to cost a process, which count as bad for the reason given."""
+        """The samples of a request, every modality's in the order of its ordinals.
+
+        `lost` are attempts that are known to cost a process: they are not made, and count as bad for the reason given.
+        """
         for modality, ordinals in request.items():
             self._read_ahead(modality, ordinals)
         return {

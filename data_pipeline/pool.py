@@ -36,6 +36,10 @@ class Lost:
 
     reason: str
     """In one line: which signal, which time limit."""
+    is_overdue: bool = False
+    """Whether it was stopped for a time limit of its work."""
+    is_killed: bool = False
+    """Whether somebody else killed it (SIGKILL): the kernel, for memory, or a person."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,7 @@ class _Worker(Generic[Piece, Result]):
 
         RuntimeError where it ended of itself before it began: another would do the same.
         """
+        is_overdue, code = reason is not None and self._is_started, None
         if reason is None:
             self._process.join(1)
             code = self._process.exitcode
@@ -244,7 +249,7 @@ class _Worker(Generic[Piece, Result]):
                     "`if __name__ == '__main__':`)"
                 )
             reason = f"its process died ({_ending(code)})"
-        done = self._over(Lost(reason))
+        done = self._over(Lost(reason, is_overdue, is_killed=code == -signal.SIGKILL))
         self.stop()
         return done
 

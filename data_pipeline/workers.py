@@ -185,12 +185,11 @@ class Supervised:
         """Queue a micro-batch whose worker was lost once more, without the sample that is to blame."""
         attempt, _ = self._in_flight.of(done.slot)
         self._in_flight.forget(done.slot)
-        is_slow = lost.reason.startswith("took longer")
-        self._events.timed_out += is_slow
-        self._events.died += not is_slow
+        self._events.timed_out += lost.is_overdue
+        self._events.died += not lost.is_overdue
         job = done.piece
         if attempt is None:
-            if is_slow:
+            if lost.is_overdue:
                 return Raised(RuntimeError(self._stuck(done)))
             job = replace(job, deaths=job.deaths + 1)
             if job.deaths > MOST_DEATHS:
@@ -203,7 +202,7 @@ class Supervised:
             log.warning("data worker %d: %s. It is replaced, nothing is lost", done.slot, lost.reason)
         else:
             self._strikes[attempt] += 1
-            is_bad = self._strikes[attempt] >= (_STRIKES_KILLED if "SIGKILL" in lost.reason else _STRIKES)
+            is_bad = self._strikes[attempt] >= (_STRIKES_KILLED if lost.is_killed else _STRIKES)
             what = "the sample counts as bad" if is_bad else "the sample is tried once more"
             log.warning(
                 "data worker %d, decoding %s (%s ordinal %d): %s. It is replaced, %s",

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evals.cache import encoder_identity, module_identity
-from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD, Grid, normalise
-from vjepa.nn.encoder import Encoder
+from evals.cache import module_identity
+from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD, Grid
 
 PREPROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
 
@@ -80,39 +79,6 @@ class CallableFeatures:
             f"{self.name} gave {list(tokens.shape)} for clips {list(clips.shape)}: expected [B, t*h*w, D] or "
             f"[B, t, h, w, D] with (t, h, w) = {grid}. Class tokens and registers must be left out"
         )
-
-
-# ------------------------------------------------------------------------------------------- several levels of our own
-
-
-@dataclass(frozen=True)
-class LevelFeatures:
-    """Several levels of one of our encoders, each through its norm: side by side as tokens, or in the channels.
-
-    `tokens` gives [B, L*t, h, w, D], what the probes of Diving48 and Jester read (reference evaluation.md 1.1);
-    `channels` gives [B, t, h, w, L*D].
-    """
-
-    name: str
-    encoder: Encoder
-    levels: tuple[int, ...] = ()  # 0-based blocks; () are the encoder's own levels
-    join: Literal["tokens", "channels"] = "tokens"
-
-    @cached_property
-    def identity(self) -> str:
-        """What its features depend on, see `evals.cache.source_identity`."""
-        return json.dumps([encoder_identity(self.encoder), list(self.levels or self.encoder.levels), self.join])
-
-    @torch.no_grad()
-    def tokens(self, clips: Tensor) -> Tensor:
-        device = next(self.encoder.parameters()).device
-        self.encoder.eval()
-        with torch.autocast(device.type, enabled=False):
-            indices = self.levels or None
-            levels = self.encoder.forward_intermediates(normalise(clips.to(device)), indices=indices)  # each [B, N, D]
-        grid = self.encoder.grid(clips)
-        parts = [level.float().cpu().unflatten(1, grid) for level in levels]
-        return torch.cat(parts, dim=1 if self.join == "tokens" else -1)
 
 
 # ------------------------------------------------------------------------------------------------- transformers' models

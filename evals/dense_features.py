@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evals.cache import encoder_identity
 from evals.features import position_features
 from evals.protocol import RGB
+from evals.references import RgbPatches
 from vjepa.batch import normalise
 from vjepa.nn.encoder import Encoder
 
@@ -22,10 +22,10 @@ Tokenizer = Literal["image", "video"]
 
 @dataclass(frozen=True)
 class LevelFeatures:
-    """Levels of a frozen encoder, each through its norm, side by side: [B, t, h, w, L * D].
+    """Levels of a frozen encoder, each through its norm, side by side: [B, t, h, w, L * D], or [B, L * t, h, w, D].
 
-    The papers' protocol is the last level alone and the image tokenizer (reference evaluation.md 1.3); `video` repeats
-    an image to a tubelet.
+    For dense tasks the papers take the last level alone and the image tokenizer (reference evaluation.md 1.3); `video`
+    repeats an image to a tubelet. As tokens the levels are what the probes of Diving48 and Jester read (1.1).
     """
 
     name: str
@@ -35,6 +35,8 @@ class LevelFeatures:
     tokenizer: Tokenizer = "image"
     bf16: bool = False
     """Compute under bf16 autocast, on CUDA only."""
+    join: Literal["channels", "tokens"] = "channels"
+    """Where several levels lie beside each other."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.levels) - set(self.encoder.levels):
@@ -47,7 +49,7 @@ class LevelFeatures:
     def identity(self) -> str:
         """What its features depend on, see `evals.cache.source_identity`."""
         levels = self.levels or self.encoder.levels[-1:]
-        return json.dumps([encoder_identity(self.encoder), list(levels), self.tokenizer, self._is_bf16])
+        return json.dumps([encoder_identity(self.encoder), list(levels), self.tokenizer, self._is_bf16, self.join])
 
     @property
     def _is_bf16(self) -> bool:
@@ -67,34 +69,26 @@ class LevelFeatures:
                 parts = self.encoder.forward_intermediates(normalise(clips.to(device)), indices=levels)
         finally:
             self.encoder.train(was_training)
-        return torch.cat(parts, dim=-1).float().cpu().unflatten(1, self.encoder.grid(clips))
+        grid = self.encoder.grid(clips)
+        maps = [part.float().cpu().unflatten(1, grid) for part in parts]  # each [B, t, h, w, D]
+        return torch.cat(maps, dim=-1 if self.join == "channels" else 1)
 
 
 @dataclass(frozen=True)
 class RgbPosition:
-    """No model: the colours of each patch of an image on a coarse grid, and where the patch lies.
+    """No model: the colours of each patch of an image on a coarse grid (RgbPatches), and where the patch lies.
 
-    3 * cells * cells numbers and, with `position`, 24 sines and cosines: the floor that a frozen encoder must beat
-    clearly (reference evaluation.md 5.1).
+    3 * cells * cells numbers, and 24 sines and cosines: the floor that a frozen encoder must beat clearly (reference
+    evaluation.md 5.1).
     """
 
     patch_size: int = 16
     cells: int = 8
     """Along each side of a patch."""
-    position: bool = True
-
-    @property
-    def name(self) -> str:
-        return RGB if self.position else "rgb_patches"
+    name: str = RGB
 
     def tokens(self, clips: Tensor) -> Tensor:
         """uint8 [B, 3, T, H, W] -> float32 [B, 1, h, w, D] of the first frame; see FeatureSource."""
-        frames = normalise(clips[:, :, :1])[:, :, 0]
-        height, width = (side // self.patch_size for side in frames.shape[-2:])
-        small = F.interpolate(frames, size=(height * self.cells, width * self.cells), mode="area")
-        cut = small.unflatten(3, (-1, self.cells)).unflatten(2, (-1, self.cells))  # [B, C, h, cells, w, cells]
-        colours = cut.permute(0, 2, 4, 1, 3, 5).flatten(3)[:, None]
-        if not self.position:
-            return colours
-        place = position_features((1, height, width)).expand(len(clips), -1, -1, -1, -1)
-        return torch.cat([colours, place], dim=-1)
+        colours = RgbPatches(self.patch_size, self.cells).tokens(clips[:, :, :1])
+        place = position_features((1, colours.shape[2], colours.shape[3]))
+        return torch.cat([colours, place.expand(len(clips), -1, -1, -1, -1)], dim=-1)

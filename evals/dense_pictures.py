@@ -13,6 +13,7 @@ from evals.dense_fit import DenseResult, Plan
 from evals.dense_views import cut
 from evals.overlays import picture_rows, tint
 from evals.protocol import IGNORE
+from evals.tasks.linear_segmentation import predicted_classes
 
 Colours = Callable[[np.ndarray, Tensor], np.ndarray]
 """An image uint8 [H, W, 3], and a truth or a prediction [H, W] -> uint8 [H, W, 3]."""
@@ -38,8 +39,8 @@ def depth_colours(farthest: float) -> Colours:
 
 def segmentation_picture(result: DenseResult, index: int, model: str) -> Image.Image:
     """A test image, its true classes and the predicted ones."""
-    scores, truth = result.predict(index)
-    return _picture(result, index, model, truth, scores.argmax(dim=0), class_colours)
+    predicted, truth = predicted_classes(result, index)
+    return _picture(result, index, model, truth, predicted, class_colours)
 
 
 def depth_picture(result: DenseResult, index: int, model: str) -> Image.Image:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals import adapters
 from evals.adapters import TransformersFeatures, load_transformers
 from evals.anticipation import AnticipationFeatures
 from evals.cache import encoder_identity, module_identity
@@ -71,7 +70,7 @@ class EncoderModel:
     def clips(self, config: ProbeConfig) -> FeatureSource | AnticipationFeatures:
         """Tokens that attentive probes read."""
         if not config.is_anticipation:
-            return adapters.LevelFeatures(self.name, self.encoder, config.blocks(self.encoder))
+            return LevelFeatures(self.name, self.encoder, config.blocks(self.encoder), join="tokens")
         if self.predictor is None:
             raise Unsuited("ek100 reads what the predictor expects, and only released .pt files hold a predictor")
         assert config.clips.fps is not None  # ProbeConfig sees to it

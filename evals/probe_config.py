@@ -14,6 +14,7 @@ from evals.anticipation import AnticipationConfig
 from evals.attentive import AttentiveConfig
 from evals.clip_protocol import ClipProtocol
 from evals.dense_config import CacheConfig
+from evals.grid import Setting, grid
 from evals.labelled_files import DATASETS
 from vjepa.config import ConfigError, config_hash, merge, read_recipe, to_object
 from vjepa.nn.encoder import Encoder
@@ -42,7 +43,7 @@ class ProbeData:
 
 
 @dataclass
-class HeadGrid:
+class GridConfig:
     """A head for every pair, all trained at once on the same tokens."""
 
     lr: list[float] = field(default_factory=lambda: [5e-3, 3e-3, 1e-3, 3e-4, 1e-4])
@@ -52,9 +53,9 @@ class HeadGrid:
         if not self.lr or not self.weight_decay or min(self.lr) <= 0 or min(self.weight_decay) < 0:
             raise ValueError(f"grid: lr={self.lr} must be positive, weight_decay={self.weight_decay} not negative")
 
-    def settings(self) -> list[tuple[float, float]]:
-        """(learning rate, weight decay) of each head."""
-        return [(lr, weight_decay) for lr in self.lr for weight_decay in self.weight_decay]
+    def settings(self) -> tuple[Setting, ...]:
+        """That of each head."""
+        return grid(self.lr, self.weight_decay)
 
 
 @dataclass
@@ -95,7 +96,7 @@ class ProbeConfig:
     clips: ClipProtocol = field(default_factory=ClipProtocol)
     levels: list[int] = field(default_factory=lambda: [-1])  # blocks read, from 1, -1: the last, []: all with a norm
     head: AttentiveConfig = field(default_factory=AttentiveConfig)
-    grid: HeadGrid = field(default_factory=HeadGrid)
+    grid: GridConfig = field(default_factory=GridConfig)
     schedule: ProbeSchedule = field(default_factory=ProbeSchedule)
     anticipation: AnticipationConfig = field(default_factory=AnticipationConfig)  # of ek100 only
     augmented: bool = True  # false: training clips are the middle view of validation, the same in every epoch
@@ -136,7 +137,7 @@ class ProbeConfig:
         return self.data.name == EPIC_KITCHENS
 
     def blocks(self, encoder: Encoder) -> tuple[int, ...]:
-        """The blocks that are read, from 0, for `adapters.LevelFeatures`."""
+        """The blocks that are read, from 0, for `dense_features.LevelFeatures`."""
         depth = encoder.config.depth
         blocks = tuple((depth if level == -1 else level) - 1 for level in self.levels) or encoder.levels
         if without := [block + 1 for block in blocks if block not in encoder.levels]:

@@ -21,19 +21,27 @@ from evals.anticipation import AnticipationFeatures
 from evals.cache import Features, Request, file_digest, open_features
 from evals.epic_kitchens import read_actions
 from evals.features import FeatureSource
-from evals.grid import MAX_OVER_HEADS, Choice, Draws, HeadGrid, Setting, StateFile, choose, fit_grid, score_heads
+from evals.grid import MAX_OVER_HEADS, Choice, Draws, HeadGrid, StateFile, choose, fit_grid, score_heads
 from evals.labelled_files import Split, read_index
 from evals.probe_config import ProbeConfig
-from evals.probe_task import ActionClips, AnticipationTask, Batch, ClassificationTask, FileClips, Part, Score
+from evals.probe_task import (
+    ActionClips,
+    AnticipationTask,
+    Batch,
+    ClassificationTask,
+    FileClips,
+    Part,
+    ProbeTask,
+    Score,
+)
 from evals.protocol import Score as Number
 from vjepa.train.distributed import ALONE, World
 
 TASK, PROBE = "attentive", "attentive"
 SPLITS: tuple[Split, ...] = ("train", "validation")
-AnyTask = ClassificationTask | AnticipationTask
 
 
-def build_task(config: ProbeConfig, source: FeatureSource | AnticipationFeatures) -> AnyTask:
+def build_task(config: ProbeConfig, source: FeatureSource | AnticipationFeatures) -> ProbeTask:
     """The task of a recipe; DataMissing where its files are not there, ValueError where the source does not fit."""
     if config.is_anticipation:
         if not isinstance(source, AnticipationFeatures):
@@ -83,7 +91,7 @@ class TrainingClips(Dataset[Batch]):
 class TrainingTokens:
     """Step -> tokens and labels of its batch, the next ones being decoded in the meantime; steps come in order."""
 
-    def __init__(self, task: AnyTask, clips: TrainingClips, steps: int, workers: int) -> None:
+    def __init__(self, task: ProbeTask, clips: TrainingClips, steps: int, workers: int) -> None:
         self.task, self.clips, self.steps, self.workers = task, clips, steps, workers
         self._next, self._batches = -1, iter(())
 
@@ -146,13 +154,13 @@ class _Decoded:
 class Tokens:
     """Where the tokens of each part come from."""
 
-    task: AnyTask
+    task: ProbeTask
     config: ProbeConfig
     features: Features | None = None
     """A cache; None: everything is computed when it is wanted."""
 
     @classmethod
-    def of(cls, task: AnyTask, config: ProbeConfig) -> Tokens:
+    def of(cls, task: ProbeTask, config: ProbeConfig) -> Tokens:
         if config.cache.folder is None:
             return cls(task, config)
         assert isinstance(task, ClassificationTask)  # ProbeConfig refuses a cache for anticipation
@@ -239,7 +247,7 @@ def run(
     state = None if config.state is None else StateFile(Path(config.state) / _state_name(config, source))
     found = fit_grid(
         lambda: task.make_head(config.seed),
-        [Setting(*pair) for pair in config.grid.settings()],
+        config.grid.settings(),
         tokens.training(steps),
         lambda outputs, labels, *, step: task.loss(outputs, labels),
         steps=steps,
@@ -260,7 +268,7 @@ def run(
     return ProbeResult(found, choice, values, task.headline)
 
 
-def _check_parts(task: AnyTask, config: ProbeConfig) -> None:
+def _check_parts(task: ProbeTask, config: ProbeConfig) -> None:
     several = len(config.grid.settings()) > 1
     needed: tuple[Part, ...] = ("train", "validation", "held_out") if several else ("train", "validation")
     if empty := [part for part in needed if not task.size(part)]:

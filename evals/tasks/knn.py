@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evals.features import FeatureSet
 from evals.metrics import accuracy
+from evals.neighbours import knn_scores
 from evals.protocol import EvalConfig, KnnConfig, Score, Task
 
 
@@ -35,10 +34,7 @@ def knn_predict(
     1.6); a neighbour votes with exp(similarity / temperature). Fewer than k training rows all vote.
     """
     config = config or KnnConfig()
-    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    votes = []
-    for rows in test.split(1024):  # bounds the table of similarities
-        similarity, nearest = (rows @ train.T).topk(min(config.k, len(train)), dim=1)
-        weights = ((similarity - similarity[:, :1]) / config.temperature).exp()  # as a share of the nearest one's
-        votes.append(torch.zeros(len(rows), num_classes).scatter_add_(1, labels[nearest], weights))
-    return torch.cat(votes).argmax(dim=1)
+    votes = knn_scores(
+        train, labels, test, num_classes=num_classes, neighbours=(config.k,), temperature=config.temperature
+    )
+    return votes[config.k].argmax(dim=1)

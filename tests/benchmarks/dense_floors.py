@@ -19,6 +19,7 @@ import vjepa
 from evals.dense_config import load_depth, load_segmentation
 from evals.dense_features import LevelFeatures, RgbPosition
 from evals.protocol import UNTRAINED, Score
+from evals.references import RgbPatches
 from evals.tasks import linear_depth, linear_segmentation
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -45,7 +46,7 @@ def camvid(root: Path, model: str, overrides: Sequence[str]) -> Iterator[Entry]:
         return linear_segmentation.location_prior(*splits, config)
 
     yield Entry("location prior", floor, 0.170, POINTS)
-    yield Entry("RGB", lambda: linear_segmentation.evaluate(RgbPosition(position=False), config, splits=splits), 0.122)
+    yield Entry("RGB", lambda: linear_segmentation.evaluate(RgbPatches(cells=8), config, splits=splits), 0.122)
     yield Entry(
         "RGB + position", lambda: linear_segmentation.evaluate(RgbPosition(), config, splits=splits), 0.203, POINTS
     )
@@ -57,7 +58,7 @@ def rgbd(root: Path, model: str, overrides: Sequence[str]) -> Iterator[Entry]:
     splits = linear_depth.open_splits(config)
     yield Entry("constant", lambda: linear_depth.constant_depth(*splits, config), 0.709, METRES)
     yield Entry("location mean", lambda: linear_depth.location_mean(*splits, config), 0.525, METRES)
-    yield Entry("RGB", lambda: linear_depth.evaluate(RgbPosition(position=False), config, splits=splits), 0.656)
+    yield Entry("RGB", lambda: linear_depth.evaluate(RgbPatches(cells=8), config, splits=splits), 0.656)
     yield Entry("RGB + position", lambda: linear_depth.evaluate(RgbPosition(), config, splits=splits), 0.574, METRES)
     yield Entry(f"untrained {model}", lambda: linear_depth.evaluate(_untrained(model), config, splits=splits))
 

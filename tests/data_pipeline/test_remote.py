@@ -432,7 +432,7 @@ def test_records_of_a_micro_batch_are_fetched_together(web: str):
         dataset = ClipDataset(at(url, remote=RemoteConfig(parallel=8)), seed=0)
         proxy.inject(always=slow)
         started = time.monotonic()
-        assert len(dataset[{"video": range(8)}]["video"]) == 8
+        assert len(dataset.micro_batch({"video": range(8)})["video"]) == 8
         assert time.monotonic() - started < 0.8  # one after the other: 1.6 s and more
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import vjepa
-from evals.adapters import CallableFeatures, LevelFeatures, Normalisation, load_transformers
+from evals.adapters import CallableFeatures, Normalisation, load_transformers
 from evals.clip_protocol import encode_clips
+from evals.dense_features import LevelFeatures
 from evals.features import EncoderFeatures, FeatureSource
 from vjepa.batch import normalise
 
@@ -138,11 +139,11 @@ def test_several_levels_lie_side_by_side_as_tokens_or_channels() -> None:
     count, clips = len(encoder.levels), random_clips()
     assert count > 1
     last = EncoderFeatures("e", encoder).tokens(clips)
-    as_tokens = LevelFeatures("e", encoder).tokens(clips)
-    as_channels = LevelFeatures("e", encoder, join="channels").tokens(clips)
+    as_tokens = LevelFeatures("e", encoder, encoder.levels, join="tokens").tokens(clips)
+    as_channels = LevelFeatures("e", encoder, encoder.levels).tokens(clips)
     assert (as_tokens.shape, as_channels.shape) == ((2, 2 * count, 2, 2, 48), (2, 2, 2, 2, 48 * count))
     torch.testing.assert_close(as_tokens[:, -2:], last)
     torch.testing.assert_close(as_channels[..., -48:], last)
-    first = LevelFeatures("e", encoder, encoder.levels[:1]).tokens(clips)
+    first = LevelFeatures("e", encoder, encoder.levels[:1], join="tokens").tokens(clips)
     assert torch.equal(first, as_tokens[:, :2])
     assert not torch.equal(first, as_tokens[:, -2:])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vjepa
-from evals.adapters import LevelFeatures
+from evals.dense_features import LevelFeatures
 from evals.features import EncoderFeatures
 from evals.grid import Draws
 from evals.probe_config import ProbeConfig, load_probe
@@ -41,7 +41,7 @@ def test_a_probe_learns_the_motion_of_rendered_videos(videos: Path, tmp_path: Pa
     warmup = ["schedule.warmup_epochs=8", f"cache.folder={tmp_path / 'cache'}"]
     config = config_of(videos, *grid, *warmup)
     result = run(untrained(), config)
-    assert result.grid.step == num_steps(config, len(build_task(config, untrained()).dataset("train")))
+    assert result.grid.step == num_steps(config, build_task(config, untrained()).size("train"))
     last = config.schedule.lr(2e-3, result.grid.step - 1, result.grid.step)
     assert result.grid.optimizers[1].param_groups[0]["lr"] == last, "the recipe's schedule"
     assert result.choice.index == 1

@@ -18,6 +18,7 @@ from evals.features import FeatureSource
 from evals.grid import GridStateError, Setting
 from evals.metrics import ConfusionMatrix
 from evals.protocol import IGNORE, Score
+from evals.references import RgbPatches
 from evals.tasks import linear_depth, linear_segmentation
 from tests.evals.dense_scenes import HEIGHT, WIDTH, Colours, scene, write, write_camvid, write_rgbd
 from tests.train.ranks import on_ranks
@@ -403,6 +404,6 @@ def test_images_that_do_not_fit_each_other_are_named(camvid: Path, tmp_path: Pat
 
 def test_pixels_with_their_place_are_a_source() -> None:
     clips = torch.from_numpy(scene(0)[0]).permute(2, 0, 1)[None, :, None]
-    sources: list[FeatureSource] = [RgbPosition(), RgbPosition(cells=2, position=False)]
+    sources: list[FeatureSource] = [RgbPosition(), RgbPatches(cells=2)]
     assert [source.tokens(clips).shape[-1] for source in sources] == [3 * 64 + 24, 12]
     assert [source.name for source in sources] == ["rgb", "rgb_patches"]

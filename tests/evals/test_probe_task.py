@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import vjepa
-from evals.adapters import LevelFeatures
 from evals.anticipation import AnticipationFeatures
+from evals.dense_features import LevelFeatures
 from evals.features import EncoderFeatures
 from evals.labelled_files import DATASETS
 from evals.probe_config import ProbeConfig, list_recipes, load_probe
@@ -147,7 +147,7 @@ def test_batches_hold_views_segments_and_labels(tmp_path: Path) -> None:
     config = tiny_config(
         render(tmp_path, train=4, validation=1), "clips.segments=2", "clips.views=3", "data.held_out=.3"
     )
-    source = LevelFeatures("levels", untrained().encoder)
+    source = LevelFeatures("levels", untrained().encoder, untrained().encoder.levels, join="tokens")
     task: ProbeTask = ClassificationTask.build(config, source)
     assert task.size("train") + task.size("held_out") == 16
     assert task.size("held_out") > 0
