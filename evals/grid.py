@@ -102,7 +102,7 @@ def _cosine(progress: float) -> float:
 
 @dataclass(frozen=True)
 class AdamW:
-    """What the optimisers of a grid share; all parameters decay, as in the published probes (evaluation.md 1.1)."""
+    """AdamW; all parameters decay, as in the published probes (evaluation.md 1.1)."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -111,8 +111,41 @@ class AdamW:
     """Largest gradient norm of one head; None: not clipped."""
 
     def __post_init__(self) -> None:
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise ValueError(f"clip_grad={self.clip_grad} must be positive; None switches clipping off")
+        _check_clipping(self.clip_grad)
+
+    def build(self, head: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+        betas = (self.beta1, self.beta2)
+        return torch.optim.AdamW(
+            head.parameters(), lr=setting.lr, weight_decay=setting.weight_decay, betas=betas, eps=self.eps
+        )
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with momentum, as in DINOv3's linear probe (evaluation.md 1.6)."""
+
+    momentum: float = 0.9
+    clip_grad: float | None = None
+    """Largest gradient norm of one head; None: not clipped."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must lie in 0 <= momentum < 1")
+        _check_clipping(self.clip_grad)
+
+    def build(self, head: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            head.parameters(), lr=setting.lr, weight_decay=setting.weight_decay, momentum=self.momentum
+        )
+
+
+Optim = AdamW | SGD
+"""What the optimisers of a grid share; learning rate and weight decay are each head's own."""
+
+
+def _check_clipping(clip_grad: float | None) -> None:
+    if clip_grad is not None and clip_grad <= 0:
+        raise ValueError(f"clip_grad={clip_grad} must be positive; None switches clipping off")
 
 
 @dataclass(frozen=True)
@@ -230,7 +263,7 @@ class HeadGrid:
         *,
         steps: int,
         schedule: LearningRates,
-        optim: AdamW,
+        optim: Optim,
         seed: int,
         world: World,
         about: str = "",
@@ -240,16 +273,7 @@ class HeadGrid:
         self.settings, self.steps, self.schedule, self.optim = tuple(settings), steps, schedule, optim
         self.seed, self.world, self.about, self.step = seed, world, about, 0
         self.heads = [self._first(make_head) for _ in self.settings]
-        self.optimizers = [
-            torch.optim.AdamW(
-                head.parameters(),
-                lr=setting.lr,
-                weight_decay=setting.weight_decay,
-                betas=(optim.beta1, optim.beta2),
-                eps=optim.eps,
-            )
-            for head, setting in zip(self.heads, self.settings, strict=True)
-        ]
+        self.optimizers = [optim.build(*each) for each in zip(self.heads, self.settings, strict=True)]
         self.losses = torch.full((len(self.heads),), torch.nan)
         """Of this rank's last batch, one per head."""
 
@@ -355,7 +379,7 @@ def fit_grid(
     *,
     steps: int,
     schedule: LearningRates | None = None,
-    optim: AdamW | None = None,
+    optim: Optim | None = None,
     seed: int = 0,
     world: World = ALONE,
     state: StateFile | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mimetypes
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.decode import Decoder, MediaInfo, frames_at, open_decoder
+from evals.cache import file_digest
 
 FOLDER_FPS = 12.0  # of frames in a folder, which do not say: those of Jester
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv")
 
 
 def open_media(path: Path) -> Decoder:
@@ -25,6 +28,29 @@ def open_media(path: Path) -> Decoder:
 
 def is_image(path: Path) -> bool:
     return (mimetypes.guess_type(path.name)[0] or "").startswith("image/")
+
+
+def content_digest(path: Path) -> str:
+    """Of the bytes of a file, or of all frames in a folder."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return " ".join(map(file_digest, files))
+
+
+def list_media(root: Path, *, frame_folders: bool = False) -> list[Path]:
+    """All videos and images below a folder by their endings, hidden ones left out, in the order of their paths.
+
+    With `frame_folders` a folder that holds images stands for them: a video.
+    """
+    found: set[Path] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(folder) / name for name in names if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if suffix in VIDEO_SUFFIXES or (suffix in IMAGE_SUFFIXES and not frame_folders):
+                found.add(path)
+            elif suffix in IMAGE_SUFFIXES:
+                found.add(path.parent)
+    return sorted(found)
 
 
 @dataclass

@@ -26,10 +26,13 @@ from evals.labelled_files import DataMissing
 from evals.labelled_suite import read_splits, score_source
 from evals.models import Model, PixelModel
 from evals.overlays import tracking_picture
+from evals.pooled import Pooled
+from evals.pooled_config import list_pooled
 from evals.probe_config import ProbeConfig, list_recipes, load_probe
 from evals.propagation import PRESETS, PropagationConfig
 from evals.protocol import RGB, EvalConfig, Score
 from evals.references import RGB_PATCHES
+from evals.results import PICTURES
 from evals.suites import SUITES
 from evals.tasks import attentive_probe, linear_depth, linear_segmentation
 from evals.tasks.tracking import Tracker, dataset_means, track, tracking_scores
@@ -62,8 +65,11 @@ FOLDERS: Mapping[str, tuple[str, ...]] = {  # what a set's own folder may be cal
 }
 DENSE = ("ade20k", "cityscapes", "voc12", "camvid", "nyuv2", "kitti", "rgbd", *VIDEO_SETS)
 GLOBAL = ("ssv2", "k400", "diving48", "coin", "jester", "in1k", "ek100")
-PICTURES, NUM_PICTURED = "pictures", 2  # OUT/pictures/NAME/MODEL/*.png of the first test images or videos
-GROUPS: Mapping[str, tuple[str, ...]] = {"dense": DENSE, "global": GLOBAL, "all": (*DENSE, *GLOBAL)}
+NUM_PICTURED = 2  # first test images or videos in OUT/pictures/NAME/MODEL
+POOLED = tuple(list_pooled())  # questions to files of one's own, which have no folder of their own and are not in `all`
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "dense": DENSE, "global": GLOBAL, "pooled": POOLED, "all": (*DENSE, *GLOBAL),
+}  # fmt: skip
 
 
 class Evaluation(Protocol):
@@ -299,11 +305,12 @@ LOADERS: dict[str, Any] = {
     **dict.fromkeys(VIDEO_SETS, Tracking.load),
     **dict.fromkeys(list_recipes(), Attentive.load),
     **dict.fromkeys(SUITES, Labelled.load),
+    **dict.fromkeys(POOLED, Pooled.load),
 }
 
 
 def names_of(suites: str) -> list[str]:
-    """The evaluations that `dense`, `global`, `all` or names with commas between them stand for, each once."""
+    """The evaluations that groups (`dense`, `all`, ...) or names with commas between them stand for, each once."""
     found: dict[str, None] = {}
     for name in filter(None, (part.strip() for part in suites.split(","))):
         if name not in GROUPS and name not in LOADERS:
@@ -323,7 +330,7 @@ def find(suites: str, overrides: Sequence[str]) -> list[Evaluation]:
     """The evaluations of `suites` under overrides: data.root=DIR for all, NAME.key=value for one.
 
     Where there is one evaluation alone, key=value is its own. A set lies in DIR/NAME, or under the name its makers gave
-    it; NAME.data.root=DIR says it for one. Raises ConfigError.
+    it; NAME.data.root=DIR says it for one. Those of `pooled` read DIR itself. Raises ConfigError.
     """
     names = names_of(suites)
     base, own = _sort_overrides(names, overrides)
@@ -360,6 +367,9 @@ def _sort_overrides(names: Sequence[str], overrides: Sequence[str]) -> tuple[Pat
             base = Path(value)
         elif owner in own:
             own[owner].append(f"{rest}={value}")
+        elif asked := [name for name in GROUPS.get(owner, ()) if name in own]:  # pooled.clips.size=128: for all of it
+            for name in asked:
+                own[name].append(f"{rest}={value}")
         elif len(names) == 1 and owner not in LOADERS:
             own[names[0]].append(override)
         else:
@@ -372,5 +382,7 @@ def _sort_overrides(names: Sequence[str], overrides: Sequence[str]) -> tuple[Pat
 
 def folder_of(name: str, base: Path) -> Path:
     """Where the set of an evaluation lies below `base`: the first of its names that is there, or where it should be."""
+    if name in POOLED:
+        return base
     places = [base / each for each in (name, *FOLDERS.get(name, ()))]
     return next((place for place in places if place.is_dir()), places[0])

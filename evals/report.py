@@ -10,8 +10,7 @@ from pathlib import Path
 from evals.comparison import Comparison
 from evals.protocol import MODELS, Row
 from evals.published import published_for
-from evals.registry import PICTURES
-from evals.results import format_cell, summarise
+from evals.results import PICTURES, format_cell, summarise
 
 REPORT = "report.html"
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1c1f24;max-width:72rem;margin:2rem auto;padding:0 1rem}
@@ -61,11 +60,12 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], *, kind: str = "
 
 
 def _pictures(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Those of evaluations and models that have rows here."""
+    """Those of evaluations and models that have rows here; what several models make of one thing comes together."""
     found: list[str] = []
     for name in sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []:
         models = {row.model for row in rows if row.task.endswith(f"_{name}")}
-        shown = [path for path in sorted((folder / name).glob("*/*.png")) if path.parent.name in models]
+        shown = [path for path in (folder / name).glob("*/*.png") if path.parent.name in models]
+        shown.sort(key=lambda path: (path.name, path.parent.name))
         if shown:
             found.append(f"<h2>{html.escape(name)}: pictures</h2>")
         for path in shown:

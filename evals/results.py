@@ -17,6 +17,7 @@ from rich.table import Table
 from evals.protocol import MODELS, TRAINED, UNTRAINED, Row
 
 RESULTS, SUMMARY = Path("evals") / "results.jsonl", "summary.json"
+PICTURES = "pictures"  # RUN/pictures/EVALUATION/MODEL/*.png
 
 
 class ResultsError(ValueError):

@@ -66,17 +66,40 @@ def pca_images(tokens: Tensor) -> Tensor:
 
     The sign of a component is that of its largest loading, so the same features always give the same picture.
     """
+    projected, _ = _principal_components(tokens)
+    return _as_colours(_robust_range(projected), tokens)
+
+
+def whitened_pca(tokens: Tensor) -> tuple[Tensor, float]:
+    """DINOv3's picture of a clip: [T, h, w, D] -> [T, h, w, 3] in 0..1, and the share of variance that it shows.
+
+    Three components of all tokens, each whitened to variance 1, then sigmoid(2x) (reference evaluation.md 1.6). One
+    basis holds for all frames; signs are those of `pca_images`. A direction without variance is grey.
+    """
+    projected, share = _principal_components(tokens)
+    std = projected.std(dim=0, correction=0)
+    is_flat = std <= 1e-7 * tokens.abs().amax().double().clamp_min(1e-12)  # rounding of float32
+    return _as_colours((2 * projected / torch.where(is_flat, torch.inf, std)).sigmoid(), tokens), share
+
+
+def _principal_components(tokens: Tensor) -> tuple[Tensor, float]:
+    """Tokens [T, h, w, D] along their three main axes: float64 [T * h * w, <=3], the strongest first, and the share of
+    their variance; the sign is that of an axis' largest loading."""
     if tokens.dim() != 4 or not tokens.isfinite().all():
         raise ValueError(f"tokens must be finite and [T, h, w, D], got {list(tokens.shape)}")
     flat = tokens.reshape(-1, tokens.shape[-1]).double()
     centred = flat - flat.mean(dim=0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
     axes = vectors[:, -3:].flip(1)  # [D, <=3], the strongest first
     signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    colours = _robust_range(centred @ (axes * signs))
-    missing = 3 - colours.shape[1]
-    colours = torch.cat([colours, colours.new_full((len(colours), missing), 0.5)], dim=1)
-    return colours.reshape(*tokens.shape[:3], 3).float()
+    share = values[-3:].sum() / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return centred @ (axes * signs), share.item()
+
+
+def _as_colours(components: Tensor, tokens: Tensor) -> Tensor:
+    """[N, <=3] in 0..1 as pictures [T, h, w, 3]; what is missing is 0.5."""
+    missing = components.new_full((len(components), 3 - components.shape[1]), 0.5)
+    return torch.cat([components, missing], dim=1).reshape(*tokens.shape[:3], 3).float()
 
 
 def _robust_range(values: Tensor) -> Tensor:

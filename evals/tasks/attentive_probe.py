@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from evals.anticipation import AnticipationFeatures
-from evals.cache import Features, Request, file_digest, open_features
+from evals.cache import Features, Request, open_features
 from evals.epic_kitchens import read_actions
 from evals.features import FeatureSource
 from evals.grid import MAX_OVER_HEADS, Choice, Draws, HeadGrid, StateFile, choose, fit_grid, score_heads
 from evals.labelled_files import Split, read_index
+from evals.media import content_digest
 from evals.probe_config import ProbeConfig
 from evals.probe_task import (
     ActionClips,
@@ -138,9 +139,7 @@ class _Decoded:
 
     @property
     def content(self) -> str:
-        path = self.data.index.paths[self.sample]
-        files = [path] if path.is_file() else sorted(path.iterdir())  # a folder holds frames
-        return " ".join(file_digest(file) for file in files)
+        return content_digest(self.data.index.paths[self.sample])
 
     @cached_property
     def clips(self) -> Tensor:
