@@ -25,12 +25,13 @@ def motion_only(source: FeatureSource, config: MotionOnlyConfig, *, world: World
     index = config.data.index("train")
     parts = [*split_training(index, config.fit.held_out, config.seed), config.data.index("validation")]
     rows = [read_rows(source, part, config, changes=list(changes.values()), world=world) for part in parts]
-    found: dict[str, float] = {}
+    found, chance = dict[str, float](), 0.0
     for name, (train, held_out, test) in zip(changes, zip(*rows, strict=True), strict=True):
         hits = probe(train, held_out, test, len(index.classes), config.fit, seed=config.seed, world=world)
         found[name] = hits.accuracy
-        found["chance"] = (test.labels == train.labels.mode().values).float().mean().item()
+        chance = (test.labels == train.labels.mode().values).float().mean().item()
     differences = {"": found["clip"] - found["still"], "_order": found["clip"] - found["shuffled"]}
+    found["chance"] = chance
     scores = [_score(config, f"{config.row}{end}", value, "accuracy difference") for end, value in differences.items()]
     return scores + [_score(config, f"{config.row}_{name}", value) for name, value in found.items()]
 

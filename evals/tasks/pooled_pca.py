@@ -33,7 +33,8 @@ def pca(source: FeatureSource, config: PcaConfig, pictures: Path, *, world: Worl
         colours, share = whitened_pca(tokens[0, segment, view].float())
         columns = 1 if is_image(path) else COLUMNS
         frames = clip.permute(1, 2, 3, 0)  # [T, H, W, C]
-        figure = pca_grid(frames, {source.name: colours}, title=path.name, max_columns=columns)
+        title = f"{path.name}: {source.name}, {share:.0%} of the variance"
+        figure = pca_grid(frames, {"tokens": colours}, title=title, max_columns=columns)
         figure.savefig(pictures / f"{number:02}_{path.stem}.png")
         return torch.tensor(share)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evals.grid import (
+    SGD,
     AdamW,
     ChannelDropout,
     Draws,
@@ -111,6 +112,24 @@ def test_an_update_is_that_of_adamw_at_the_scheduled_rate() -> None:
     )
     torch.testing.assert_close(found.heads[0].state_dict(), expected.state_dict())
     assert not torch.equal(head.weight, expected.weight)
+
+
+def test_an_update_is_that_of_momentum_where_it_is_asked_for() -> None:
+    torch.manual_seed(5)
+    expected = nn.Linear(6, 3)
+    speeds = [torch.zeros_like(each) for each in expected.parameters()]
+    at = batches()
+    for step in range(3):
+        features, labels = at(step)
+        gradients = torch.autograd.grad(F.cross_entropy(expected(features), labels), list(expected.parameters()))
+        with torch.no_grad():
+            for weights_of, speed, gradient in zip(expected.parameters(), speeds, gradients, strict=True):
+                speed.mul_(0.8).add_(gradient + 0.5 * weights_of)
+                weights_of -= 1e-2 * Schedule().at(step, STEPS) * speed
+    found = fit_grid(
+        lambda: nn.Linear(6, 3), [Setting(1e-2, 0.5)], at, loss, steps=STEPS, seed=5, until=3, optim=SGD(0.8)
+    )
+    torch.testing.assert_close(found.heads[0].state_dict(), expected.state_dict())
 
 
 def test_schedules_warm_up_and_fall_as_a_cosine() -> None:
@@ -225,6 +244,8 @@ def test_what_makes_no_sense_is_refused() -> None:
         grid([], [0.1])
     with pytest.raises(ValueError, match="clip_grad=0"):
         AdamW(clip_grad=0)
+    with pytest.raises(ValueError, match="momentum=1 must lie in"):
+        SGD(momentum=1)
 
 
 def on_this_rank() -> tuple[list[Tensor], int]:
