@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from evals.features import FeatureSource
@@ -12,6 +13,8 @@ from evals.pooled_features import UNCHANGED, Change, pooled_table
 from evals.pooled_probe import Rows, held_out_keys, probe
 from evals.protocol import Score
 from vjepa.train.distributed import ALONE, World
+
+log = logging.getLogger(__name__)
 
 
 def read_rows(
@@ -38,6 +41,8 @@ def read_split(source: FeatureSource, split: Split, config: LabelledConfig, worl
 def knn(source: FeatureSource, config: KnnConfig, *, world: World = ALONE) -> list[Score]:
     """Accuracy for every k, the headline's first."""
     (train, num_classes), (test, _) = (read_split(source, split, config, world) for split in config.splits)
+    if max(config.neighbours) > len(train):
+        log.warning("%s: there are %d training files; a larger k asks all of them", config.row, len(train))
     found = knn_accuracy(
         train.features,
         train.labels,

@@ -24,7 +24,8 @@ def statistics(source: FeatureSource, config: StatisticsConfig, *, world: World 
     paths = config.data.paths()
     order = torch.randperm(len(paths), generator=generator(config.seed, "files"))
     chosen = [paths[i] for i in sorted(order[: config.max_files].tolist())]
-    each = -(-config.tokens // len(chosen))
+    wanted = 2 * config.tokens if config.data.skip_damaged else config.tokens  # half the files may turn out damaged
+    each = -(-wanted // len(chosen))
 
     def keep(number: int, media: Media, tokens: Tensor) -> Tensor:
         """[rows + 1, D]: tokens of a file drawn by the seed, and the mean of all of them."""
