@@ -39,12 +39,12 @@ class ModelConfig:
     tubelet_size: int = 2  # frames
     rope: RopeLayout = "interleaved"  # tiled only for V-JEPA 2 weights
     rope_base: float = BASE  # longest wavelength over 2 pi; the demo's grids of 4 tokens take 100
-    interpolate_rope: bool = True  # scale rows and columns to the 16-wide reference grid
+    interpolate_rope: bool = True  # scale rows and columns, absolute ones too, to the 16-wide reference grid
     absolute_position: float = 0.0  # add fixed sines and cosines of the position, times this, to all tokens
     absolute_position_base: float = BASE  # of their frequencies; smaller for grids of a few tokens
     init_std: float = WEIGHT_STD  # of the initial weights of encoder and predictor
     attention_mask: AttentionMask = "full"  # block_causal: a token sees its own and earlier time steps; sdpa only
-    attention: BackendName = "auto"  # auto: xformers on CUDA where it imports, else sdpa; varlen: torch's packed one
+    attention: BackendName = "auto"  # auto: xformers on CUDA where it imports, else sdpa; bf16 on a CPU: matmul
     embed_dim: int | None = None  # in place of the named size's
     depth: int | None = None  # in place of the named size's
     num_heads: int | None = None  # in place of the named size's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vjepa.nn.attention import Segments, cumulative_lengths, resolve_backend, sdpa, sequence_lengths, varlen
+from vjepa.nn.attention import Segments, cumulative_lengths, matmul, resolve_backend, sdpa, sequence_lengths, varlen
 from vjepa.train.parallel import _kept_operators
 
 LAYOUT = (Segments(2, 7), Segments(3, 4), Segments(1, 1))
@@ -33,6 +34,27 @@ def test_sdpa_over_segments_equals_one_block_diagonal_mask() -> None:
     sequence = torch.repeat_interleave(torch.arange(6), torch.tensor(sequence_lengths(LAYOUT)))
     mask = sequence[:, None] == sequence[None, :]
     torch.testing.assert_close(sdpa(*qkv(), LAYOUT), dense(mask), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_plain_products_equal_sdpa_with_gradients(has_bias: bool) -> None:
+    bias = torch.zeros(1, 1, 7, 7).masked_fill_(torch.ones(7, 7).triu(1).bool(), -torch.inf) if has_bias else None
+    layout = (replace(LAYOUT[0], bias=bias), *LAYOUT[1:])
+    found = []
+    for attend in (matmul, sdpa):
+        inputs = [x.requires_grad_() for x in qkv()]
+        attended = attend(*inputs, layout)
+        attended.square().sum().backward()
+        found.append([attended, *(x.grad for x in inputs)])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+    assert resolve_backend("matmul", torch.device("cpu")) is matmul
+
+
+def test_plain_products_in_bf16_stay_as_near_as_sdpa_does() -> None:
+    exact = sdpa(*qkv(), LAYOUT)
+    rounded = [x.bfloat16() for x in qkv()]
+    error = (matmul(*rounded, LAYOUT).float() - exact).abs().max()
+    assert error < 2 * (sdpa(*rounded, LAYOUT).float() - exact).abs().max()
 
 
 def test_the_xformers_packing_is_the_block_diagonal_mask_that_sdpa_computes(

@@ -250,9 +250,18 @@ def test_absolute_position_is_added_to_every_token_of_the_predictor() -> None:
         return predictor._sequence(torch.ones(1, 2, 48), Query(tokens, context, masked, (2, 4, 4), "video"))
 
     context, masked = torch.tensor([[0, 9]]), torch.tensor([[31, 4, 5]])
-    table = sincos_table((2, 4, 4), 48, 10.0, torch.device("cpu"))
+    table = sincos_table((2, 4, 4), 48, 10.0, True, torch.device("cpu"))
     assert len(torch.unique(table, dim=0)) == 32, "every place has its own"
     torch.testing.assert_close(sequence(3.0) - sequence(0.0), 3.0 * table[[0, 9, 31, 4, 5]][None])
+
+
+def test_absolute_positions_of_a_larger_grid_are_those_of_rope() -> None:
+    """Scaled to the same range where RoPE's are, so that a larger crop has no place the encoder never saw."""
+    cpu = torch.device("cpu")
+    small, large = (sincos_table((1, size, size), 48, 10.0, True, cpu).unflatten(0, (size, size)) for size in (4, 7))
+    torch.testing.assert_close(large[::2, ::2], small)
+    as_they_are = sincos_table((1, 7, 7), 48, 10.0, False, cpu).unflatten(0, (7, 7))
+    torch.testing.assert_close(as_they_are[:4, :4].flatten(0, 1), sincos_table((1, 4, 4), 48, 10.0, False, cpu))
 
 
 def test_initial_weights_have_the_spread_that_is_asked_for() -> None:

@@ -4,8 +4,9 @@ All masks of a step (and both modalities) go through a block together: the linea
 [N, D], attention sees the segments. That is exact, halves the launches and the all-gathers under FSDP2, and keeps the
 number of block calls the same on every rank.
 
-Backends: `sdpa` (torch, everywhere), `xformers` (CUDA, imported lazily) and `varlen` (torch's own attention over packed
-sequences: CUDA, bf16 or fp16). `auto` takes xformers on CUDA where it imports, otherwise SDPA.
+Backends: `sdpa` (torch, everywhere), `xformers` (CUDA, imported lazily), `varlen` (torch's own attention over packed
+sequences: CUDA, bf16 or fp16) and `matmul` (plain products, for bf16 on a CPU). `auto` takes xformers on CUDA where it
+imports, otherwise SDPA.
 
 Block-causal attention lets a token see the tokens of its own and of earlier time steps. Which tokens a sequence holds
 differs from clip to clip, so it is a bias on the scores, which only SDPA takes.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from vjepa.nn.rope import RopeTable, rotate
 
-BackendName = Literal["auto", "sdpa", "xformers", "varlen"]
+BackendName = Literal["auto", "sdpa", "xformers", "varlen", "matmul"]
 AttentionMask = Literal["full", "block_causal"]
 log = logging.getLogger(__name__)
 
@@ -54,12 +55,30 @@ class AttentionBackend(Protocol):
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tensor:
     """torch's scaled_dot_product_attention, once per group of equal length: dense, exact, any device."""
+    return _by_segment(F.scaled_dot_product_attention, q, k, v, layout)
+
+
+def matmul(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tensor:
+    """Two matrix products and a softmax, once per group of equal length: dense, any device.
+
+    For bf16 on a CPU, where torch's SDPA was 2 to 4 times slower forward and backward (vjepa/README.md). The scores are
+    kept in the dtype of q for the backward pass, [B, A, K, K].
+    """
+    return _by_segment(_products, q, k, v, layout)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, A, K, K]
+    return (scores if attn_mask is None else scores + attn_mask).softmax(dim=-1) @ v
+
+
+def _by_segment(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tensor:
     sizes = [segments.tokens for segments in layout]
     outputs = []
     for segments, *parts in zip(layout, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         q, k, v = (x.unflatten(0, (segments.count, segments.length)).transpose(1, 2) for x in parts)  # [B, A, K, d]
         bias = None if segments.bias is None else segments.bias.to(q.dtype)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1))
+        outputs.append(attend(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -166,6 +185,8 @@ def resolve_backend(name: BackendName, device: torch.device) -> AttentionBackend
         return xformers if device.type == "cuda" and _xformers_available() else sdpa
     if name == "sdpa":
         return sdpa
+    if name == "matmul":
+        return matmul
     if name == "xformers":
         if device.type != "cuda":
             raise ValueError(f"attention=xformers needs a CUDA device, the tokens are on {device}: use sdpa or auto")
@@ -174,7 +195,7 @@ def resolve_backend(name: BackendName, device: torch.device) -> AttentionBackend
         if device.type != "cuda":
             raise ValueError(f"attention=varlen needs a CUDA device, the tokens are on {device}: use sdpa or auto")
         return varlen
-    raise ValueError(f"attention={name!r} is unknown: choose auto, sdpa, xformers or varlen")
+    raise ValueError(f"attention={name!r} is unknown: choose auto, sdpa, matmul, xformers or varlen")
 
 
 class Attention(nn.Module):

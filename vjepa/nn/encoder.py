@@ -32,7 +32,7 @@ class EncoderConfig:
     in_chans: int = 3
     rope: RopeLayout = "interleaved"
     rope_base: float = BASE  # longest wavelength over 2 pi; smaller for grids of a few tokens
-    interpolate_rope: bool = True  # scale rows and columns to the 16-wide reference grid
+    interpolate_rope: bool = True  # scale rows and columns, absolute ones too, to the 16-wide reference grid
     absolute_position: float = 0.0  # add fixed sines and cosines of the position, times this (not in V-JEPA 2.1)
     absolute_position_base: float = BASE  # of their frequencies
     image_tokenizer: bool = True
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
             tokens = self.tokenizer(view.clips)
             if self.config.absolute_position:
                 grid, base = self.grid(view.clips), self.config.absolute_position_base
-                position = sincos_table(grid, self.embed_dim, base, tokens.device)
+                position = sincos_table(grid, self.embed_dim, base, self.config.interpolate_rope, tokens.device)
                 tokens = tokens + (self.config.absolute_position * position).to(tokens.dtype)
             table = self._table(self.grid(view.clips), tokens.device)
             for indices in view.contexts:

@@ -118,9 +118,11 @@ class Predictor(nn.Module):
         if self.config.modality_embed:
             tokens = tokens + self.modality_embeds[query.modality].to(tokens.dtype)
         if self.config.absolute_position:
-            table = sincos_table(query.grid, self.config.embed_dim, self.config.absolute_position_base, tokens.device)
+            config = self.config
+            base, is_scaled = config.absolute_position_base, config.interpolate_rope
+            table = sincos_table(query.grid, config.embed_dim, base, is_scaled, tokens.device)
             places = torch.cat((query.context, query.masked), dim=1)
-            tokens = tokens + (self.config.absolute_position * table[places]).to(tokens.dtype)
+            tokens = tokens + (config.absolute_position * table[places]).to(tokens.dtype)
         return tokens
 
     def _latent(self, query: Query) -> Tensor | None:

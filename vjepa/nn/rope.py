@@ -80,14 +80,14 @@ def grid_table(
 
 
 @functools.lru_cache(maxsize=32)
-def sincos_table(grid: Grid, dim: int, base: float, device: torch.device) -> Tensor:
+def sincos_table(grid: Grid, dim: int, base: float, interpolate: bool, device: torch.device) -> Tensor:
     """Fixed absolute positions of all tokens of a grid, [N, dim] fp32: sines and cosines of time, row and column.
 
-    Each axis has a third of the channels, rounded down to an even number; the rest stays 0. Positions are not scaled;
-    `base` is that of the frequencies, as in RoPE.
+    Each axis has a third of the channels, rounded down to an even number; the rest stays 0. `base` is that
+    of the frequencies, `interpolate` scales positions; both as in RoPE.
     """
     with torch.inference_mode(False), torch.no_grad():
-        positions = grid_positions(grid, interpolate=False, device=device)  # [N, 3]
+        positions = grid_positions(grid, interpolate=interpolate, device=device)  # [N, 3]
         frequencies = dim // 3 // 2
         omega = base ** -(torch.arange(frequencies, device=device, dtype=torch.float32) / max(1, frequencies))
         angles = positions[:, :, None] * omega  # [N, 3, frequencies]
