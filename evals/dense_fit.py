@@ -1,4 +1,4 @@
-"""Linear heads on frozen dense features: images in, a grid of heads trained, one chosen, every image scored whole.
+"""Heads on frozen dense features: images in, a grid of heads trained, one chosen, every image scored whole.
 
 Segmentation and depth differ in their head, loss, metric and what a prediction is; those are a `DenseTask`.
 """
@@ -240,6 +240,7 @@ class DenseTask(Generic[M]):
     fill: float
     """Of a truth where nothing is known."""
     higher_is_better: bool
+    probe: str = "linear"
     flip_average: bool = False
 
 
@@ -349,12 +350,12 @@ def scores_of(result: DenseResult[Any], task: DenseTask[Any]) -> list[Score]:
     found = []
     for place, (metric, value) in enumerate(result.meter.scores().items()):
         name = task.name if place == 0 else f"{task.name}_{metric}"
-        found.append(Score(name, "linear", metric, result.grid.seed, value, is_better_high(metric)))
+        found.append(Score(name, task.probe, metric, result.grid.seed, value, is_better_high(metric)))
     if len(result.grid.heads) > 1:
         metric = next(iter(result.maximum.scores()))
         name = f"{task.name}_max_over_heads"
         value = result.choice.max_over_heads
-        found.append(Score(name, "linear", metric, result.grid.seed, value, task.higher_is_better))
+        found.append(Score(name, task.probe, metric, result.grid.seed, value, task.higher_is_better))
     return found
 
 

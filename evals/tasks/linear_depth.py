@@ -1,4 +1,6 @@
-"""Metres for every pixel by a linear layer on frozen tokens: errors of whole images, averaged over a set.
+"""Metres for every pixel by a linear layer on frozen tokens, behind attention among them where a recipe says so.
+
+The metrics are errors of whole images, averaged over a set.
 
 DINOv3's head, loss and evaluation with V-JEPA 2.1's grid of settings (reference evaluation.md 1.4); figures are in the
 recipes.
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from evals.dense_config import DepthConfig
 from evals.dense_fit import DenseResult, DenseTask, Plan, is_better_high, run_dense, scores_of
+from evals.dense_heads import dense_head
 from evals.dense_sets import DenseSet, open_depth
 from evals.dense_views import cut
 from evals.depth_metrics import DepthMeter, sig_loss
@@ -20,7 +23,7 @@ from evals.protocol import Score
 from vjepa.objectives.projector import GlobalBatchNorm
 from vjepa.train.distributed import ALONE, World
 
-TASK = "linear_depth"
+TASK = "depth"  # after the kind of head
 FIRST_STD = 0.01  # of the first weights, as in segmentation; the paper gives none
 FLOOR = 0.1  # what every bin weighs at least, before the weights are made to sum to 1
 
@@ -55,11 +58,12 @@ def depth_task(name: str, config: DepthConfig) -> DenseTask[DepthMeter]:
 
     return DenseTask(
         name,
-        make_head=lambda dim: LinearDepthHead(dim, config.num_bins, **bounds),
+        make_head=lambda dim: dense_head(dim, config, lambda width: LinearDepthHead(width, config.num_bins, **bounds)),
         loss=loss,
         make_meter=lambda: DepthMeter(**bounds),
         fill=0.0,
         higher_is_better=False,
+        probe=config.head.kind,
         flip_average=config.flip_average,
     )
 
@@ -81,7 +85,7 @@ def run(
 ) -> DenseResult[DepthMeter]:
     """Heads, scores and what pictures need; `splits` are the recipe's unless given."""
     train, test = splits or open_splits(config)
-    task = depth_task(f"{TASK}_{config.data.dataset}", config)
+    task = depth_task(config.task(TASK), config)
     return run_dense(task, source, train, test, config, patch_size=patch_size, world=world)
 
 
@@ -93,13 +97,13 @@ def evaluate(
     patch_size: int = 16,
     world: World = ALONE,
 ) -> list[Score]:
-    """`linear_depth_SET`: the RMSE of the head chosen on held-out training images; then its other numbers."""
+    """`linear_depth_SET` or `attentive_...`: the RMSE of the head chosen on held-out training images; then the others."""
     return scores(run(source, config, splits=splits, patch_size=patch_size, world=world), config)
 
 
 def scores(result: DenseResult[DepthMeter], config: DepthConfig) -> list[Score]:
     """What `evaluate` gives, of heads that are fitted already."""
-    return scores_of(result, depth_task(f"{TASK}_{config.data.dataset}", config))
+    return scores_of(result, depth_task(config.task(TASK), config))
 
 
 def constant_depth(train: DenseSet, test: DenseSet, config: DepthConfig, *, patch_size: int = 16) -> list[Score]:
@@ -128,7 +132,7 @@ def _floor(probe: str, depth: Tensor, test: DenseSet, config: DepthConfig, patch
         truth = item.truth()
         kept = Plan.of(truth.shape, config.view, patch_size).kept
         meter.update(cut(depth.expand(truth.shape), kept), cut(truth, kept))
-    name = f"{TASK}_{config.data.dataset}"
+    name = config.task(TASK)
     return [
         Score(name if place == 0 else f"{name}_{metric}", probe, metric, 0, value, is_better_high(metric))
         for place, (metric, value) in enumerate(meter.scores().items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,13 @@ import vjepa
 from evals.cache import encoder_identity
 from evals.comparison import compare, rows_by_digest
 from evals.models import EncoderModel, ForeignModel, PixelModel, load_models
-from evals.protocol import Row
 from evals.published import PUBLISHED
 from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
 from evals.results import read_summary_rows
 from evals.run import main
 from evals.videos import write_mask
 from tests.evals.dense_scenes import write_camvid, write_rgbd
+from tests.evals.rows import rows_of
 from tests.evals.test_adapters import save, tiny_dinov2, tiny_vjepa2
 from tests.evals.test_anticipation import features, make_epic
 from tests.evals.test_probe_task import render
@@ -66,10 +65,6 @@ SHORT += ["camvid.view.edges=resize", "davis2017.propagation.short_side=64", "da
 
 def arguments(sets: Path, model: Path, out: Path, *more: str, suite: str = "camvid,davis2017") -> list[str]:
     return ["--model", str(model), "--suite", suite, "--out", str(out), f"data.root={sets}", *SHORT, *more]
-
-
-def rows_of(out: Path) -> list[Row]:
-    return [Row(**json.loads(line)) for line in (out / "evals" / "results.jsonl").read_text().splitlines()]
 
 
 def test_one_command_measures_two_sets_and_again_only_what_is_new(
