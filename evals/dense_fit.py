@@ -284,7 +284,7 @@ def run_dense(
     features = open_features(
         source, config.cache.folder, max_gib=config.cache.max_gib, dtype=config.cache.dtype, world=world
     )
-    train, test = (_first(data, config.data.limit) for data in (train, test))
+    train, test = (data.first(config.data.limit) for data in (train, test))
     fitted, held_out = split_held_out(train, config)
     images = {name: Images(data, features, patch_size, task.fill) for name, data in (("fit", fitted), ("test", test))}
     batches = images["fit"].batches(config, world)
@@ -333,10 +333,6 @@ def split_held_out(train: DenseSet, config: DenseConfig) -> tuple[DenseSet, Dens
     order = torch.randperm(len(train), generator=generator(config.fit.seed, "held out")).tolist()
     count = min(len(train) - 1, max(1, round(config.fit.held_out * len(train))))
     return train.part(sorted(order[count:])), train.part(sorted(order[:count]))
-
-
-def _first(data: DenseSet, limit: int | None) -> DenseSet:
-    return data if limit is None else data.part(range(min(limit, len(data))))
 
 
 def _about(features: Features, source: FeatureSource, data: DenseSet, config: DenseConfig) -> str:

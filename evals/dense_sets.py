@@ -145,6 +145,10 @@ class DenseSet:
     def part(self, indices: Sequence[int]) -> DenseSet:
         return DenseSet(self.name, self.split, tuple(self.items[index] for index in indices), self.classes)
 
+    def first(self, limit: int | None) -> DenseSet:
+        """So many items at most, all for None."""
+        return self if limit is None else self.part(range(min(limit, len(self))))
+
 
 @dataclass(frozen=True)
 class FileItem:

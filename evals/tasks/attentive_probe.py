@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from evals.anticipation import AnticipationFeatures
 from evals.cache import Features, Request, file_digest, open_features
@@ -89,15 +89,18 @@ class TrainingClips(Dataset[Batch]):
 
 
 class TrainingTokens:
-    """Step -> tokens and labels of its batch, the next ones being decoded in the meantime; steps come in order."""
+    """Step -> tokens and labels of this rank's part of its batch, the next ones being decoded in the meantime.
 
-    def __init__(self, task: ProbeTask, clips: TrainingClips, steps: int, workers: int) -> None:
-        self.task, self.clips, self.steps, self.workers = task, clips, steps, workers
+    Steps come in order.
+    """
+
+    def __init__(self, task: ProbeTask, clips: TrainingClips, steps: int, workers: int, world: World) -> None:
+        self.task, self.clips, self.steps, self.workers, self.world = task, clips, steps, workers, world
         self._next, self._batches = -1, iter(())
 
     def __call__(self, step: int) -> tuple[Tensor, Any]:
         if step != self._next:  # the first, or the one at which a stopped fit goes on
-            order = [list(self.clips.draws.ordinals(each)) for each in range(step, self.steps)]
+            order = [list(self.clips.draws.ordinals(each, self.world)) for each in range(step, self.steps)]
             self._batches = iter(DataLoader(self.clips, batch_sampler=order, num_workers=self.workers))
         self._next = step + 1
         batch = next(self._batches)
@@ -158,14 +161,16 @@ class Tokens:
     config: ProbeConfig
     features: Features | None = None
     """A cache; None: everything is computed when it is wanted."""
+    world: World = ALONE
 
     @classmethod
-    def of(cls, task: ProbeTask, config: ProbeConfig) -> Tokens:
+    def of(cls, task: ProbeTask, config: ProbeConfig, world: World = ALONE) -> Tokens:
         if config.cache.folder is None:
-            return cls(task, config)
+            return cls(task, config, None, world)
         assert isinstance(task, ClassificationTask)  # ProbeConfig refuses a cache for anticipation
         cache = config.cache
-        return cls(task, config, open_features(task.source, cache.folder, max_gib=cache.max_gib, dtype=cache.dtype))
+        features = open_features(task.source, cache.folder, max_gib=cache.max_gib, dtype=cache.dtype, world=world)
+        return cls(task, config, features, world)
 
     def training(self, steps: int) -> Any:
         """Step -> tokens [B, S * N, D] and labels."""
@@ -173,7 +178,8 @@ class Tokens:
         draws = Draws(len(data), self.config.schedule.batch_size, self.config.seed)
         if self.features is not None and not self.config.augmented:
             return self._cached_training(draws)
-        return TrainingTokens(self.task, TrainingClips(data, draws, self.config.augmented), steps, self.config.workers)
+        clips = TrainingClips(data, draws, self.config.augmented)
+        return TrainingTokens(self.task, clips, steps, self.config.workers, self.world)
 
     def _cached_training(self, draws: Draws) -> Any:
         assert self.features is not None
@@ -181,22 +187,23 @@ class Tokens:
         clips = CachedClips(data, self.features)
 
         def at(step: int) -> tuple[Tensor, Tensor]:
-            samples = [draws.sample(ordinal) for ordinal in draws.ordinals(step)]
+            samples = [draws.sample(ordinal) for ordinal in draws.ordinals(step, self.world)]
             tokens = torch.cat([clips.tokens(sample, middle=True) for sample in samples])
             return tokens, torch.tensor([clips.labels(sample) for sample in samples])
 
         return at
 
     def scored(self, part: Part) -> Iterator[tuple[Tensor, Any]]:
-        """Tokens [B * V, S * N, D] and labels of all of a part, in order."""
+        """Tokens [B * V, S * N, D] and labels of this rank's share of a part, in order."""
         data, size = self.task.dataset(part), self.config.score_batch
+        mine = range(self.world.rank, self.task.size(part), self.world.size)
         if self.features is None:
-            for batch in DataLoader(data, batch_size=size, num_workers=self.config.workers):
+            for batch in DataLoader(Subset(data, mine), batch_size=size, num_workers=self.config.workers):
                 yield self.task.tokens(batch), batch["labels"]
             return
         clips = CachedClips(cast(FileClips, data), self.features)
-        for first in range(0, len(clips.data), size):
-            samples = range(first, min(first + size, len(clips.data)))
+        for first in range(0, len(mine), size):
+            samples = mine[first : first + size]
             labels = default_collate([clips.labels(sample) for sample in samples])
             yield torch.cat([clips.tokens(sample) for sample in samples]), labels
 
@@ -236,14 +243,16 @@ def run(
     source: FeatureSource | AnticipationFeatures,
     config: ProbeConfig,
     *,
-    device: torch.device | str = "cpu",
+    world: World = ALONE,
     about: str = "",
 ) -> ProbeResult:
-    """Train the recipe's heads in one process; `about` names the features, for a state that goes on after a stop."""
+    """Train the recipe's heads, every rank with its part of each batch.
+
+    `about` names the features, for a state that goes on after a stop.
+    """
     task = build_task(config, source)
     _check_parts(task, config)
-    steps, tokens = num_steps(config, task.size("train")), Tokens.of(task, config)
-    world = replace(ALONE, device=torch.device(device))
+    steps, tokens = num_steps(config, task.size("train")), Tokens.of(task, config, world)
     state = None if config.state is None else StateFile(Path(config.state) / _state_name(config, source))
     found = fit_grid(
         lambda: task.make_head(config.seed),
@@ -286,12 +295,12 @@ def evaluate(
     source: FeatureSource | AnticipationFeatures,
     config: ProbeConfig,
     *,
-    device: torch.device | str = "cpu",
+    world: World = ALONE,
     about: str = "",
 ) -> list[Number]:
     """`attentive_RECIPE`: the value of the head chosen on held-out training data; its other numbers; the papers'
     maximum over heads on validation, here after the last epoch."""
-    return scores_of(run(source, config, device=device, about=about), config)
+    return scores_of(run(source, config, world=world, about=about), config)
 
 
 def scores_of(result: ProbeResult, config: ProbeConfig) -> list[Number]:

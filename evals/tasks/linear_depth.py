@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evals.dense_config import DepthConfig
-from evals.dense_fit import DenseResult, DenseTask, Plan, is_better_high, run_dense, scores_of
+from evals.dense_fit import DenseResult, DenseTask, run_dense, scores_of
 from evals.dense_heads import dense_head
 from evals.dense_sets import DenseSet, open_depth
-from evals.dense_views import cut
 from evals.depth_metrics import DepthMeter, sig_loss
 from evals.features import FeatureSource
 from evals.protocol import Score
@@ -97,43 +96,10 @@ def evaluate(
     patch_size: int = 16,
     world: World = ALONE,
 ) -> list[Score]:
-    """`linear_depth_SET` or `attentive_...`: the RMSE of the head chosen on held-out training images; then the others."""
+    """`linear_depth_SET` or `attentive_...`: the RMSE of the head chosen on held-out images; then the others."""
     return scores(run(source, config, splits=splits, patch_size=patch_size, world=world), config)
 
 
 def scores(result: DenseResult[DepthMeter], config: DepthConfig) -> list[Score]:
     """What `evaluate` gives, of heads that are fitted already."""
     return scores_of(result, depth_task(config.task(TASK), config))
-
-
-def constant_depth(train: DenseSet, test: DenseSet, config: DepthConfig, *, patch_size: int = 16) -> list[Score]:
-    """No features: the median of all known training depths, everywhere."""
-    truths = [_known(item.truth(), config) for item in train.items]
-    depths = torch.cat([truth[truth > 0] for truth in truths])
-    return _floor("constant", depths.median().expand(1, 1), test, config, patch_size)
-
-
-def location_mean(train: DenseSet, test: DenseSet, config: DepthConfig, *, patch_size: int = 16) -> list[Score]:
-    """No features: the mean of the known training depths at each pixel, images being of one size."""
-    truths = torch.stack([_known(item.truth(), config) for item in train.items])
-    known = (truths > 0).sum(dim=0)
-    mean = truths.sum(dim=0) / known.clamp_min(1)
-    mean[known == 0] = truths[truths > 0].median()
-    return _floor("location", mean, test, config, patch_size)
-
-
-def _known(truth: Tensor, config: DepthConfig) -> Tensor:
-    return torch.where((truth > config.min_depth) & (truth < config.max_depth), truth, 0)
-
-
-def _floor(probe: str, depth: Tensor, test: DenseSet, config: DepthConfig, patch_size: int) -> list[Score]:
-    meter = DepthMeter(config.min_depth, config.max_depth)
-    for item in test.items:
-        truth = item.truth()
-        kept = Plan.of(truth.shape, config.view, patch_size).kept
-        meter.update(cut(depth.expand(truth.shape), kept), cut(truth, kept))
-    name = config.task(TASK)
-    return [
-        Score(name if place == 0 else f"{name}_{metric}", probe, metric, 0, value, is_better_high(metric))
-        for place, (metric, value) in enumerate(meter.scores().items())
-    ]

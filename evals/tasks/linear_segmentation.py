@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evals.dense_config import SegmentationConfig
-from evals.dense_fit import DenseResult, DenseTask, Plan, run_dense, scores_of
+from evals.dense_fit import DenseResult, DenseTask, run_dense, scores_of
 from evals.dense_heads import dense_head
 from evals.dense_sets import DenseSet, open_segmentation
-from evals.dense_views import cut
 from evals.depth_metrics import share_of_sum
 from evals.features import FeatureSource
 from evals.grid import ChannelDropout
@@ -121,29 +120,6 @@ def evaluate(
 def scores(result: DenseResult[SegmentationMeter], config: SegmentationConfig) -> list[Score]:
     """What `evaluate` gives, of heads that are fitted already."""
     return scores_of(result, segmentation_task(config.task(TASK), result.images.data.classes, config))
-
-
-def location_prior(train: DenseSet, test: DenseSet, config: SegmentationConfig, *, patch_size: int = 16) -> list[Score]:
-    """No features: the class that is commonest in training at each pixel of the view, images being of one size."""
-    counts: Tensor | None = None
-    for item in train.items:
-        truth = _kept(item.truth(), config, patch_size)
-        votes = F.one_hot(truth.clamp_min(0), len(train.classes)) * (truth != IGNORE)[..., None]
-        counts = votes if counts is None else counts + votes
-    assert counts is not None
-    prior = counts.argmax(dim=-1)
-    meter = ConfusionMatrix(len(test.classes))
-    for item in test.items:
-        meter.update(prior, _kept(item.truth(), config, patch_size))
-    name = config.task(TASK)
-    return [
-        Score(name, "majority", "mIoU", 0, meter.miou()),
-        Score(f"{name}_accuracy", "majority", "accuracy", 0, meter.accuracy()),
-    ]
-
-
-def _kept(truth: Tensor, config: SegmentationConfig, patch_size: int) -> Tensor:
-    return cut(truth, Plan.of(truth.shape, config.view, patch_size).kept)
 
 
 @torch.no_grad()
