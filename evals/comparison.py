@@ -18,9 +18,9 @@ from rich.console import Console
 
 from evals.floors import Floor
 from evals.models import Model, Unsuited
-from evals.protocol import Row
+from evals.protocol import NotThere, Row
 from evals.published import published_for, published_table
-from evals.registry import Entrant, Evaluation, NotThere
+from evals.registry import Entrant, Evaluation
 from evals.results import RESULTS, ResultsError, ahead_of_trained, print_wide, results_table, save
 from vjepa.train.distributed import ALONE, World
 

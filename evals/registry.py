@@ -20,7 +20,7 @@ from PIL import Image
 from evals.dense_config import RECIPES, DenseConfig, load_depth, load_segmentation
 from evals.dense_fit import DenseResult
 from evals.dense_pictures import depth_picture, segmentation_picture
-from evals.dense_sets import DenseSet, DenseSetError
+from evals.dense_sets import DenseSet
 from evals.floors import DEPTH_FLOORS, SEGMENTATION_FLOORS, TRACKING_FLOORS, DenseFloor, Floor
 from evals.labelled_files import DataMissing
 from evals.labelled_suite import read_splits, score_source
@@ -37,8 +37,6 @@ from evals.videos import AnnotatedVideo, DatasetError, DatasetName, open_dataset
 from vjepa.config import ConfigError, config_hash, merge, resolve
 from vjepa.train.distributed import World
 
-NotThere = (DenseSetError, DatasetError, DataMissing)
-"""What says that a set is not on the disk, or not whole; the message has the tree that was expected."""
 VIDEO_SETS: tuple[DatasetName, ...] = ("davis2016", "davis2017", "youtube_vos")
 FOLDERS: Mapping[str, tuple[str, ...]] = {  # what a set's own folder may be called, besides the evaluation's name
     "ade20k": ("ADEChallengeData2016",),
@@ -81,7 +79,7 @@ class Evaluation(Protocol):
         ...
 
     def open(self) -> str:
-        """Look for the set; a text of which files it is. Raises one of NotThere."""
+        """Look for the set; a text of which files it is. Raises NotThere."""
         ...
 
     def numbers(self) -> str:

@@ -1,6 +1,6 @@
 """Attentive probes trained: a grid of heads over one encoder pass, the best chosen on held-out training data.
 
-The tasks of `probe_task.py` say what is asked, `grid.py` trains; this module joins the two. A step's videos are decoded
+The tasks of `probe_task.py` say what is asked, `grid/` trains; this module joins the two. A step's videos are decoded
 ahead by loader processes where `workers` says so. Clips that are the same every time (held out and validation; training
 too with `augmented=false`) have their tokens cached where `cache.folder` is set.
 """
@@ -38,6 +38,7 @@ from evals.protocol import Score as Number
 from vjepa.train.distributed import ALONE, World
 
 TASK, PROBE = "attentive", "attentive"
+OVER_EPOCHS = f"{MAX_OVER_HEADS}_and_epochs"  # ends the name of the papers' number where several epochs are validated
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
@@ -65,6 +66,15 @@ def describe_data(config: ProbeConfig) -> str:
 def num_steps(config: ProbeConfig, videos: int) -> int:
     """Whole batches in the recipe's epochs, one at least."""
     return max(1, config.schedule.epochs * videos // config.schedule.batch_size)
+
+
+def validation_steps(config: ProbeConfig, videos: int) -> set[int]:
+    """Updates after which heads are validated besides the end: those with which every `val_every`th epoch is over."""
+    schedule = config.schedule
+    if schedule.val_every is None:
+        return set()
+    epochs = range(schedule.val_every, schedule.epochs, schedule.val_every)
+    return {epoch * videos // schedule.batch_size for epoch in epochs} - {0, num_steps(config, videos)}
 
 
 # --------------------------------------------------------------------------------------------------- clips to tokens
@@ -231,8 +241,10 @@ class ProbeResult:
     grid: HeadGrid
     choice: Choice
     values: tuple[Mapping[str, float], ...]
-    """Of every head on validation."""
+    """Of every head on validation, after the last epoch."""
     headline: str
+    best_of_epochs: float
+    """The headline of the best head in the best of the epochs that were validated."""
 
     @property
     def head(self) -> nn.Module:
@@ -254,6 +266,17 @@ def run(
     _check_parts(task, config)
     steps, tokens = num_steps(config, task.size("train")), Tokens.of(task, config, world)
     state = None if config.state is None else StateFile(Path(config.state) / _state_name(config, source))
+    stops = validation_steps(config, task.size("train"))
+
+    def score(found: HeadGrid, part: Part) -> tuple[Mapping[str, float], ...]:
+        meters = score_heads(found.heads, tokens.scored(part), lambda: ProbeMeter(task.new_score(part)), world=world)
+        return tuple(meter.score.values() for meter in meters)
+
+    def validate(found: HeadGrid) -> None:
+        """Kept with the state, so that a fit that goes on knows its earlier epochs."""
+        if found.step in stops:
+            found.notes[str(found.step)] = [each[task.headline] for each in score(found, "validation")]
+
     found = fit_grid(
         lambda: task.make_head(config.seed),
         config.grid.settings(),
@@ -265,16 +288,13 @@ def run(
         world=world,
         state=state,
         about=f"{config.data} {about}",
+        on_step=validate,
     )
-
-    def score(part: Part) -> tuple[Mapping[str, float], ...]:
-        meters = score_heads(found.heads, tokens.scored(part), lambda: ProbeMeter(task.new_score(part)), world=world)
-        return tuple(meter.score.values() for meter in meters)
-
-    values = score("validation")
-    chosen_on = score("held_out") if len(found.heads) > 1 else values
+    values = score(found, "validation")
+    chosen_on = score(found, "held_out") if len(found.heads) > 1 else values
     choice = choose([each[task.headline] for each in chosen_on], [each[task.headline] for each in values])
-    return ProbeResult(found, choice, values, task.headline)
+    best = max(value for each in ([choice.max_over_heads], *found.notes.values()) for value in each)
+    return ProbeResult(found, choice, values, task.headline, best)
 
 
 def _check_parts(task: ProbeTask, config: ProbeConfig) -> None:
@@ -298,17 +318,22 @@ def evaluate(
     world: World = ALONE,
     about: str = "",
 ) -> list[Number]:
-    """`attentive_RECIPE`: the value of the head chosen on held-out training data; its other numbers; the papers'
-    maximum over heads on validation, here after the last epoch."""
+    """`attentive_RECIPE`: the value of the head chosen on held-out training data; its other numbers; the maxima.
+
+    `..._max_over_heads` is the best head on validation after the last epoch; `..._max_over_heads_and_epochs`, what the
+    papers report, the best of every validated epoch, where `schedule.val_every` asks for more than the last.
+    """
     return scores_of(run(source, config, world=world, about=about), config)
 
 
 def scores_of(result: ProbeResult, config: ProbeConfig) -> list[Number]:
-    """The chosen head's numbers, the headline under the task's own name; then the maximum over heads."""
+    """The chosen head's numbers, the headline under the task's own name; then the maxima over heads, and epochs."""
     name, seed, headline = f"{TASK}_{config.name or config.data.name}", config.seed, result.headline
     values = result.values[result.choice.index]
     found = [Number(name, PROBE, headline, seed, values[headline])]
     found += [Number(f"{name}_{each}", PROBE, each, seed, value) for each, value in values.items() if each != headline]
     if len(result.grid.heads) > 1:
         found.append(Number(f"{name}_{MAX_OVER_HEADS}", PROBE, headline, seed, result.choice.max_over_heads))
+    if config.schedule.val_every is not None:
+        found.append(Number(f"{name}_{OVER_EPOCHS}", PROBE, headline, seed, result.best_of_epochs))
     return found

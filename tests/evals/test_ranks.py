@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from evals.run import main
 from evals.tasks import tracking
@@ -40,41 +41,55 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(sets: Path, out: Path) -> tuple[int, str, str]:
+def command(sets: Path, out: Path, *more: str) -> tuple[int, str, str]:
     """Status and what was printed, where it was run."""
     asked = ["--model", "untrained:vit_debug", "--suite", "camvid,davis2017,ssv2", "--out", str(out), "--device", "cpu"]
+    states = [f"camvid.fit.state={out / 'heads'}", f"ssv2.state={out / 'heads'}"]
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as said:
-        status = main([*asked, f"data.root={sets}", *KEYS])
+        status = main([*asked, f"data.root={sets}", *KEYS, *states, *more])
     return status, printed.getvalue(), said.getvalue()
-
-
-def both(sets: Path, out: Path) -> list[tuple[int, str, str]]:
-    """Measured, and once more."""
-    return [command(sets, out), command(sets, out)]
 
 
 def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.png"))}
 
 
+def weights(state: Path) -> list[dict[str, torch.Tensor]]:
+    """Of every head, biases apart: some have no gradient but rounding, which Adam makes steps of."""
+    heads = torch.load(state, weights_only=True)["heads"]
+    return [{name: value for name, value in head.items() if name.endswith("weight")} for head in heads]
+
+
+@pytest.fixture(scope="module")
+def shared(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str, str]]]:
+    """What two ranks left behind, and what each printed."""
+    out = tmp_path_factory.mktemp("shared")
+    return out, on_ranks(2, command, sets, out)
+
+
 @pytest.mark.distributed
-def test_two_ranks_measure_what_one_process_measures(sets: Path, tmp_path: Path) -> None:
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    assert command(sets, alone)[0] == 0
-    first, second = on_ranks(2, both, sets, shared)
-    expected = {(row.task, row.model): row.value for row in rows_of(alone)}
-    rows = rows_of(shared)
+def test_two_ranks_measure_what_one_process_measures(
+    sets: Path, shared: tuple[Path, list[tuple[int, str, str]]], tmp_path: Path
+) -> None:
+    assert command(sets, tmp_path)[0] == 0
+    out, ((first, table, _), (second, *nothing)) = shared
+    expected = {(row.task, row.model): row.value for row in rows_of(tmp_path)}
+    rows = rows_of(out)
     assert {task for task, _ in expected} >= {"attentive_segmentation_camvid", "tracking_davis2017", "attentive_ssv2"}
     assert {(row.task, row.model): row.value for row in rows} == pytest.approx(expected, abs=2e-3)
     assert len(rows) == len(expected), "written once"
-    assert {row.digest for row in rows} == {row.digest for row in rows_of(alone)}, "however many ranks there were"
-    masks = {name: data for name, data in files(alone).items() if name.startswith("masks")}
-    assert {name: data for name, data in files(shared).items() if name.startswith("masks")} == masks
-    assert set(files(shared)) == set(files(alone))
-    assert [status for status, _, _ in (*first, *second)] == [0] * 4
-    assert "attentive_ssv2" in first[0][1]
-    assert first[1][2].count("done before") == 10
-    assert [printed for _, printed, _ in second] == ["", ""], "the main rank prints"
+    assert {row.digest for row in rows} == {row.digest for row in rows_of(tmp_path)}, "however many ranks there were"
+    states = sorted(path.name for path in (out / "heads").iterdir())
+    assert len(states) == 4
+    for name in states:
+        ours, alone = (weights(folder / "heads" / name) for folder in (out, tmp_path))
+        torch.testing.assert_close(ours, alone, atol=2e-4, rtol=1e-3)
+    assert set(files(out)) == set(files(tmp_path))
+    masks = [name for name in files(out) if name.startswith("masks")]
+    assert [files(out)[name] for name in masks] == [files(tmp_path)[name] for name in masks]
+    assert (first, second) == (0, 0)
+    assert "attentive_ssv2" in table
+    assert nothing[0] == "", "the main rank prints the table"
 
 
 def failing(sets: Path, out: Path) -> tuple[int, str]:
@@ -85,13 +100,16 @@ def failing(sets: Path, out: Path) -> tuple[int, str]:
 
     is_second = os.environ["RANK"] == "1"
     with mock.patch.object(tracking, "score_video", broken) if is_second else contextlib.nullcontext():
-        status, _, said = command(sets, out)
+        status, _, said = command(sets, out, "davis2017.propagation.context=3")
     return status, said
 
 
 @pytest.mark.distributed
-def test_a_rank_that_fails_ends_all_and_says_why(sets: Path, tmp_path: Path) -> None:
-    (first, words), (second, reason) = on_ranks(2, failing, sets, tmp_path)
+def test_what_was_measured_is_taken_and_a_rank_that_fails_ends_all(
+    sets: Path, shared: tuple[Path, list[tuple[int, str, str]]]
+) -> None:
+    (first, words), (second, reason) = on_ranks(2, failing, sets, shared[0])
+    assert words.count("done before") == 3, "of camvid; another recipe of tracking is measured, and fails"
     assert (first, second) == (2, 2)
     assert "error: rank 1: davis2017, untrained_vit_debug: down/00002.jpg is damaged" in reason
     assert "error: rank 0: another rank ended" in words
