@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
+from evals.floors import Floor
 from evals.models import Model, Unsuited
-from evals.protocol import Row
+from evals.protocol import NotThere, Row
 from evals.published import published_for, published_table
-from evals.registry import Evaluation, NotThere
+from evals.registry import Entrant, Evaluation
 from evals.results import RESULTS, ResultsError, ahead_of_trained, print_wide, results_table, save
+from vjepa.train.distributed import ALONE, World
 
 
 class SetsMissing(ValueError):
@@ -38,16 +40,30 @@ class Comparison:
     """Evaluations that make no sense for a model."""
 
 
-def open_sets(evaluations: Sequence[Evaluation]) -> tuple[list[tuple[Evaluation, str]], dict[str, str]]:
-    """The evaluations whose sets are there, with what these hold, and for the others what was looked for."""
+def open_sets(
+    evaluations: Sequence[Evaluation], world: World = ALONE
+) -> tuple[list[tuple[Evaluation, str]], dict[str, str]]:
+    """The evaluations whose sets are there, with what these hold, and for the others what was looked for.
+
+    As the main rank sees it: all ranks then do the same.
+    """
     there: list[tuple[Evaluation, str]] = []
     missing: dict[str, str] = {}
     for evaluation in evaluations:
-        try:
-            there.append((evaluation, evaluation.open()))
-        except NotThere as error:
-            missing[evaluation.name] = str(error)
+        files, reason = world.on_main(partial(_look, evaluation))
+        if reason:
+            missing[evaluation.name] = reason
+        else:
+            there.append((evaluation, files))
     return there, missing
+
+
+def _look(evaluation: Evaluation) -> tuple[str, str]:
+    """What the set holds, or why it is not there."""
+    try:
+        return evaluation.open(), ""
+    except NotThere as error:
+        return "", str(error)
 
 
 def listing_of(missing: dict[str, str]) -> str:
@@ -60,51 +76,60 @@ def compare(
     out: Path,
     *,
     stage: str,
-    device: torch.device | str = "cpu",
+    world: World = ALONE,
     skip_missing: bool = False,
     again: bool = False,
     say: Callable[[str], None] = print,
 ) -> Comparison:
-    """Measure every model by every evaluation; rows go to OUT as soon as an evaluation of a model is done.
+    """Measure every model by every evaluation, and its floors; rows go to OUT as soon as an evaluation of one is done.
 
+    Ranks call this together, on models of their own device; the main rank decides what was done before and writes.
     Raises SetsMissing before anything is measured, unless `skip_missing`; nothing is left to measure without a set.
     """
-    there, missing = open_sets(evaluations)
+    there, missing = open_sets(evaluations, world)
     if missing and (not skip_missing or not there):
         hint = "" if skip_missing else "\nWith --skip-missing the others are run."
         raise SetsMissing(f"{len(missing)} of {len(evaluations)} sets are missing:\n{listing_of(missing)}{hint}")
-    found, done = Comparison(missing=missing), {} if again else rows_by_digest(out)
-    total, place = len(there) * len(models), 0
-    for evaluation, data in there:
-        for model in models:
-            place += 1
-            label = f"[{place}/{total}] {evaluation.name}, {evaluation.column(model)}"
-            digest = digest_of(evaluation, data, model)
-            if digest in done:
-                found.rows += done[digest]
-                say(f"{label}: done before, {_headline(done[digest])}")
-                continue
-            try:
-                rows, seconds = _measure(evaluation, model, out, stage, device, digest)
-            except Unsuited as reason:
-                found.unsuited.append(f"{evaluation.name}, {model.name}: {reason}")
-                say(f"{label}: left out, {reason}")
-                continue
-            except ValueError as error:
-                raise ValueError(f"{evaluation.name}, {evaluation.column(model)}: {error}") from error
-            found.rows += rows
-            say(f"{label}: {_headline(rows)}, {seconds:.0f} s")
+    found, done = Comparison(missing=missing), {} if again else world.on_main(lambda: rows_by_digest(out))
+    entries = list(_entries(there, models))
+    for place, (evaluation, data, model) in enumerate(entries, start=1):
+        label = f"[{place}/{len(entries)}] {evaluation.name}, {evaluation.column(model)}"
+        digest = world.on_main(partial(digest_of, evaluation, data, model))
+        if digest in done:
+            found.rows += done[digest]
+            say(f"{label}: done before, {_headline(done[digest])}")
+            continue
+        try:
+            rows, seconds = _measure(evaluation, model, out, stage, world, digest)
+        except Unsuited as reason:
+            found.unsuited.append(f"{evaluation.name}, {model.name}: {reason}")
+            say(f"{label}: left out, {reason}")
+            continue
+        except ValueError as error:
+            raise ValueError(f"{evaluation.name}, {evaluation.column(model)}: {error}") from error
+        found.rows += rows
+        say(f"{label}: {_headline(rows)}, {seconds:.0f} s")
     return found
 
 
+def _entries(
+    there: Sequence[tuple[Evaluation, str]], models: Sequence[Model]
+) -> Iterator[tuple[Evaluation, str, Entrant]]:
+    """Evaluation by evaluation, what it holds, and who is measured: the models, then its floors."""
+    for evaluation, data in there:
+        floors = [Floor(name, models[0].patch_size) for name in evaluation.floors]
+        for model in [*models, *floors]:
+            yield evaluation, data, model
+
+
 def _measure(
-    evaluation: Evaluation, model: Model, out: Path, stage: str, device: torch.device | str, digest: str
+    evaluation: Evaluation, model: Entrant, out: Path, stage: str, world: World, digest: str
 ) -> tuple[list[Row], float]:
     begin, name = time.monotonic(), evaluation.column(model)
-    scores = evaluation.measure(model, out, device)
+    scores = evaluation.measure(model, out, world)
     seed = model.training_seed
     rows = [Row.of(each, stage=stage, model=name, training_seed=seed, digest=digest) for each in scores]
-    save(out, rows)
+    world.on_main(lambda: save(out, rows))
     return rows, time.monotonic() - begin
 
 
@@ -115,7 +140,7 @@ def _headline(rows: Sequence[Row]) -> str:
 # ------------------------------------------------------------------------------------------------------------- resume
 
 
-def digest_of(evaluation: Evaluation, data: str, model: Model) -> str:
+def digest_of(evaluation: Evaluation, data: str, model: Entrant) -> str:
     """Of the weights, the recipe, the files, and the name the rows are kept under."""
     parts = (evaluation.name, evaluation.numbers(), data, model.identity, evaluation.column(model))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

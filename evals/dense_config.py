@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import MISSING
 
+from evals.attentive import AttentiveConfig
 from evals.cache import Dtype
 from evals.dense_sets import MaskName
 from evals.grid import AdamW, Schedule, Setting, grid
@@ -133,12 +134,27 @@ class CacheConfig:
 
 
 @dataclass
+class DenseHeadConfig(AttentiveConfig):
+    """The head: a linear layer, or one behind attention among the tokens, whose shape the other fields give."""
+
+    kind: Literal["linear", "attentive"] = "linear"
+    depth: int = 3  # self-attention blocks
+    width: int | None = None  # of the blocks, to which a linear layer brings the tokens; null: that of the tokens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width is not None and self.width < 1:
+            raise ValueError(f"head.width={self.width} must be at least 1; null keeps that of the tokens")
+
+
+@dataclass
 class DenseConfig:
     """What segmentation and depth share."""
 
     data: DataConfig = field(default_factory=DataConfig)
     view: ViewConfig = field(default_factory=ViewConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    head: DenseHeadConfig = field(default_factory=DenseHeadConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     levels: list[int] | None = None  # blocks of the encoder, from 1; null: the last
@@ -156,6 +172,10 @@ class DenseConfig:
                 "cache.folder out, or set augment.border=null augment.crop=null augment.rotate=0 augment.colours=false "
                 "augment.brightness=0 augment.scale_min=1 augment.scale_max=1"
             )
+
+    def task(self, question: str) -> str:
+        """The name of its rows: `linear_QUESTION_SET` or `attentive_QUESTION_SET`."""
+        return f"{self.head.kind}_{question}_{self.data.dataset}"
 
     @property
     def level_indices(self) -> tuple[int, ...]:
@@ -175,7 +195,7 @@ class DenseConfig:
 
 @dataclass
 class SegmentationConfig(DenseConfig):
-    """A class for every pixel, by a linear layer on frozen tokens (reference evaluation.md 1.3)."""
+    """A class for every pixel of an image, out of frozen tokens (reference evaluation.md 1.3)."""
 
     dropout: float = 0.1  # of whole channels
     per_class: bool = False  # the IoU of every class as well
@@ -188,7 +208,7 @@ class SegmentationConfig(DenseConfig):
 
 @dataclass
 class DepthConfig(DenseConfig):
-    """Metres for every pixel, by a linear layer on frozen tokens (reference evaluation.md 1.4)."""
+    """Metres for every pixel of an image, out of frozen tokens (reference evaluation.md 1.4)."""
 
     num_bins: int = 256
     min_depth: float = 1e-3  # metres; also the smallest depth that is scored

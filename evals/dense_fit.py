@@ -1,4 +1,4 @@
-"""Linear heads on frozen dense features: images in, a grid of heads trained, one chosen, every image scored whole.
+"""Heads on frozen dense features: images in, a grid of heads trained, one chosen, every image scored whole.
 
 Segmentation and depth differ in their head, loss, metric and what a prediction is; those are a `DenseTask`.
 """
@@ -240,6 +240,7 @@ class DenseTask(Generic[M]):
     fill: float
     """Of a truth where nothing is known."""
     higher_is_better: bool
+    probe: str = "linear"
     flip_average: bool = False
 
 
@@ -283,7 +284,7 @@ def run_dense(
     features = open_features(
         source, config.cache.folder, max_gib=config.cache.max_gib, dtype=config.cache.dtype, world=world
     )
-    train, test = (_first(data, config.data.limit) for data in (train, test))
+    train, test = (data.first(config.data.limit) for data in (train, test))
     fitted, held_out = split_held_out(train, config)
     images = {name: Images(data, features, patch_size, task.fill) for name, data in (("fit", fitted), ("test", test))}
     batches = images["fit"].batches(config, world)
@@ -334,10 +335,6 @@ def split_held_out(train: DenseSet, config: DenseConfig) -> tuple[DenseSet, Dens
     return train.part(sorted(order[count:])), train.part(sorted(order[:count]))
 
 
-def _first(data: DenseSet, limit: int | None) -> DenseSet:
-    return data if limit is None else data.part(range(min(limit, len(data))))
-
-
 def _about(features: Features, source: FeatureSource, data: DenseSet, config: DenseConfig) -> str:
     identity = features.identity if isinstance(features, CachedFeatures) else source_identity(source)
     keys = " ".join(item.key for item in data.items)
@@ -349,12 +346,12 @@ def scores_of(result: DenseResult[Any], task: DenseTask[Any]) -> list[Score]:
     found = []
     for place, (metric, value) in enumerate(result.meter.scores().items()):
         name = task.name if place == 0 else f"{task.name}_{metric}"
-        found.append(Score(name, "linear", metric, result.grid.seed, value, is_better_high(metric)))
+        found.append(Score(name, task.probe, metric, result.grid.seed, value, is_better_high(metric)))
     if len(result.grid.heads) > 1:
         metric = next(iter(result.maximum.scores()))
         name = f"{task.name}_max_over_heads"
         value = result.choice.max_over_heads
-        found.append(Score(name, "linear", metric, result.grid.seed, value, task.higher_is_better))
+        found.append(Score(name, task.probe, metric, result.grid.seed, value, task.higher_is_better))
     return found
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from evals.protocol import NotThere
+
 log = logging.getLogger(__name__)
 Split = Literal["train", "validation"]
 SPLIT_NAMES: Mapping[Split, tuple[str, ...]] = {
@@ -24,7 +26,7 @@ SPLIT_NAMES: Mapping[Split, tuple[str, ...]] = {
 }
 
 
-class DataMissing(ValueError):
+class DataMissing(NotThere):
     """A data set is not there, or not whole; the message says what was looked for and how the tree should look."""
 
 

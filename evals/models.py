@@ -142,7 +142,9 @@ class PixelModel:
         return f"pixels {self.patch_size} {self.tubelet_size}"
 
     def dense(self, config: DenseConfig) -> FeatureSource:
-        return RgbPosition(self.patch_size)
+        source = RgbPosition(self.patch_size)
+        needs_padding = config.head.kind == "attentive" and config.head.width is None
+        return Padded(source, config.head.num_heads) if needs_padding else source
 
     def clips(self, config: ProbeConfig) -> FeatureSource:
         if config.is_anticipation:
@@ -164,7 +166,7 @@ Model = EncoderModel | ForeignModel | PixelModel
 class Padded:
     """A source with channels of zeros behind its own: a probe's heads must divide the width."""
 
-    source: PixelFeatures
+    source: FeatureSource
     multiple: int
 
     @property

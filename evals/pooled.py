@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from evals.features import FeatureSource
+from evals.floors import Floor
 from evals.models import Model
 from evals.pooled_config import (
     ArrowOfTimeConfig,
@@ -36,6 +35,7 @@ class Pooled:
 
     name: str
     config: PooledConfig
+    floors: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str]) -> Pooled:
@@ -47,11 +47,11 @@ class Pooled:
     def numbers(self) -> str:
         return self.config.numbers()
 
-    def column(self, model: Model) -> str:
+    def column(self, model: Model | Floor) -> str:
         return model.name
 
-    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
-        world = replace(ALONE, device=torch.device(device))
+    def measure(self, model: Model | Floor, out: Path, world: World) -> list[Score]:
+        assert not isinstance(model, Floor)  # there is none
         return evaluate(model.last(), self.config, out / PICTURES / self.name / model.name, world=world)
 
 

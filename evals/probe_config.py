@@ -67,6 +67,9 @@ class ProbeSchedule:
     warmup_epochs: float = 0.0  # linear from start_lr to the head's own
     start_lr: float = 0.0
     final_lr: float = 0.0  # where the cosine ends
+    val_every: int | None = (
+        None  # epochs between two validations, for the papers' best epoch; null: after the last alone
+    )
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not 0 <= self.warmup_epochs < self.epochs:
@@ -74,6 +77,8 @@ class ProbeSchedule:
                 f"schedule: epochs={self.epochs} and batch_size={self.batch_size} must be at least 1, "
                 f"warmup_epochs={self.warmup_epochs} below epochs"
             )
+        if self.val_every is not None and self.val_every < 1:
+            raise ValueError(f"schedule.val_every={self.val_every} must be at least 1; null validates once, at the end")
         if self.start_lr < 0 or self.final_lr < 0:
             raise ValueError(f"schedule: start_lr={self.start_lr} and final_lr={self.final_lr} must not be negative")
 

@@ -38,6 +38,7 @@ from evals.epic_kitchens import Action, ActionClasses, EpicReader, EpicVideos, r
 from evals.features import FeatureSource
 from evals.labelled_files import FileIndex, hold_out, read_index
 from evals.probe_config import ProbeConfig
+from vjepa.objectives.collectives import num_ranks
 
 Part = Literal["train", "held_out", "validation"]
 Batch = Mapping[str, Any]
@@ -268,7 +269,8 @@ class AnticipationTask:
         return torch.cat([self.source.tokens(clips, seconds) for clips, seconds in pairs])
 
     def loss(self, output: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
-        return anticipation_loss(output, labels, self.config.anticipation)
+        """A sum over this rank's part of the batch: the mean of ranks' gradients is that of one process."""
+        return anticipation_loss(output, labels, self.config.anticipation) * num_ranks()
 
     def new_score(self, part: Part) -> Recalls:
         labels = self.classes.labels(self.parts[part])

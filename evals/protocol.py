@@ -22,6 +22,10 @@ IGNORE = -100
 """The label of what counts neither in fitting nor in scoring (torch's default)."""
 
 
+class NotThere(ValueError):
+    """A set is not on the disk, or not whole; the message has the tree that was expected."""
+
+
 @dataclass(frozen=True)
 class Focus:
     """A part of a segmentation: the accuracy over the tokens whose true class is one of these."""

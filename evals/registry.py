@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-import torch
 from omegaconf import MISSING, OmegaConf
 from PIL import Image
 
 from evals.dense_config import RECIPES, DenseConfig, load_depth, load_segmentation
 from evals.dense_fit import DenseResult
 from evals.dense_pictures import depth_picture, segmentation_picture
-from evals.dense_sets import DenseSet, DenseSetError
+from evals.dense_sets import DenseSet
+from evals.floors import DEPTH_FLOORS, SEGMENTATION_FLOORS, TRACKING_FLOORS, DenseFloor, Floor
 from evals.labelled_files import DataMissing
 from evals.labelled_suite import read_splits, score_source
 from evals.models import Model, PixelModel
@@ -38,10 +38,8 @@ from evals.tasks import attentive_probe, linear_depth, linear_segmentation
 from evals.tasks.tracking import Tracker, dataset_means, track, tracking_scores
 from evals.videos import AnnotatedVideo, DatasetError, DatasetName, open_dataset, seen_categories
 from vjepa.config import ConfigError, config_hash, merge, resolve
-from vjepa.train.distributed import ALONE
+from vjepa.train.distributed import World
 
-NotThere = (DenseSetError, DatasetError, DataMissing)
-"""What says that a set is not on the disk, or not whole; the message has the tree that was expected."""
 VIDEO_SETS: tuple[DatasetName, ...] = ("davis2016", "davis2017", "youtube_vos")
 FOLDERS: Mapping[str, tuple[str, ...]] = {  # what a set's own folder may be called, besides the evaluation's name
     "ade20k": ("ADEChallengeData2016",),
@@ -72,25 +70,37 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+Entrant = Model | Floor
+"""What is measured: a model, or what a set gives away without one."""
+
+
 class Evaluation(Protocol):
     """One evaluation, ready to run."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def floors(self) -> tuple[str, ...]:
+        """Names of the floors that are measured beside the models, as Floor."""
+        ...
+
     def open(self) -> str:
-        """Look for the set; a text of which files it is. Raises one of NotThere."""
+        """Look for the set; a text of which files it is. Raises NotThere."""
         ...
 
     def numbers(self) -> str:
         """A digest of what decides the numbers, the set apart."""
         ...
 
-    def column(self, model: Model) -> str:
+    def column(self, model: Entrant) -> str:
         """The model's name in the rows."""
         ...
 
-    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
-        """All scores of a model, the headline first. Raises Unsuited where it makes no sense for it."""
+    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
+        """All scores of a model, the headline first, the same on all ranks, which call this together.
+
+        The main rank alone writes pictures. Raises Unsuited, on all ranks, where it makes no sense for the model.
+        """
         ...
 
 
@@ -104,20 +114,27 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 @dataclass
 class Dense:
-    """A linear layer on the tokens of images: segmentation or depth."""
+    """A head on the tokens of images: segmentation or depth."""
 
     name: str
     config: Any  # SegmentationConfig or DepthConfig, as `module` wants it
     module: ModuleType
     picture: Callable[[DenseResult, int, str], Image.Image]
+    floor: Mapping[str, DenseFloor]
 
     @classmethod
     def segmentation(cls, name: str, overrides: Sequence[str]) -> Dense:
-        return cls(name, load_segmentation(name, overrides), linear_segmentation, segmentation_picture)
+        return cls(
+            name, load_segmentation(name, overrides), linear_segmentation, segmentation_picture, SEGMENTATION_FLOORS
+        )
 
     @classmethod
     def depth(cls, name: str, overrides: Sequence[str]) -> Dense:
-        return cls(name, load_depth(name, overrides), linear_depth, depth_picture)
+        return cls(name, load_depth(name, overrides), linear_depth, depth_picture, DEPTH_FLOORS)
+
+    @property
+    def floors(self) -> tuple[str, ...]:
+        return tuple(self.floor)
 
     @cached_property
     def splits(self) -> tuple[DenseSet, DenseSet]:
@@ -131,13 +148,16 @@ class Dense:
         config: DenseConfig = self.config
         return config.numbers()
 
-    def column(self, model: Model) -> str:
+    def column(self, model: Entrant) -> str:
         return model.name
 
-    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
-        source, world = model.dense(self.config), replace(ALONE, device=torch.device(device))
+    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
+        if isinstance(model, Floor):
+            measure = self.floor[model.name]
+            return measure(*self.splits, self.config, patch_size=model.patch_size, world=world)
+        source = model.dense(self.config)
         result = self.module.run(source, self.config, splits=self.splits, patch_size=model.patch_size, world=world)
-        for index in range(min(NUM_PICTURED, len(self.splits[1]))):
+        for index in range(min(NUM_PICTURED, len(self.splits[1])) if world.is_main else 0):
             picture = self.picture(result, index, model.name)
             _save(picture, out / PICTURES / self.name / model.name / f"{index:02}.png")
         return self.module.scores(result, self.config)
@@ -179,6 +199,7 @@ class Tracking:
 
     name: str
     config: TrackingConfig
+    floors: tuple[str, ...] = TRACKING_FLOORS
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str]) -> Tracking:
@@ -200,16 +221,16 @@ class Tracking:
         kept["data"].pop("root")
         return config_hash(repr(kept))
 
-    def column(self, model: Model) -> str:
+    def column(self, model: Entrant) -> str:
         """Pixels go without their position here, and are called so."""
         return model.name.replace(RGB, RGB_PATCHES, 1) if isinstance(model, PixelModel) else model.name
 
-    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
-        data = self.config.data
-        tracker = Tracker(self.column(model), model.frames(), model.patch_size)
+    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
+        data, source = self.config.data, None if isinstance(model, Floor) else model.frames()
+        tracker = Tracker(self.column(model), source, model.patch_size)
         masks = out / "masks" / self.name / tracker.name
-        objects = track(self.videos, tracker, self.config.propagation, masks, device=device)
-        for video in self.videos[:NUM_PICTURED]:
+        objects = track(self.videos, tracker, self.config.propagation, masks, world=world)
+        for video in self.videos[:NUM_PICTURED] if world.is_main else []:
             picture = tracking_picture(video, {tracker.name: masks})
             _save(picture, out / PICTURES / self.name / tracker.name / f"{video.name}.png")
         if not objects:
@@ -224,6 +245,7 @@ class Attentive:
 
     name: str
     config: ProbeConfig
+    floors: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str]) -> Attentive:
@@ -235,11 +257,12 @@ class Attentive:
     def numbers(self) -> str:
         return self.config.numbers()
 
-    def column(self, model: Model) -> str:
+    def column(self, model: Entrant) -> str:
         return model.name
 
-    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
-        return attentive_probe.evaluate(model.clips(self.config), self.config, device=device, about=model.identity)
+    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
+        assert not isinstance(model, Floor)  # there is none
+        return attentive_probe.evaluate(model.clips(self.config), self.config, world=world, about=model.identity)
 
 
 @dataclass
@@ -263,6 +286,7 @@ class Labelled:
 
     name: str
     config: LabelledConfig
+    floors: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str]) -> Labelled:
@@ -281,10 +305,14 @@ class Labelled:
     def numbers(self) -> str:
         return config_hash(f"{self.config.seeds} {SUITES[self.name].tasks}")
 
-    def column(self, model: Model) -> str:
+    def column(self, model: Entrant) -> str:
         return model.name
 
-    def measure(self, model: Model, out: Path, device: torch.device | str) -> list[Score]:
+    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
+        assert not isinstance(model, Floor)  # there is none
+        return world.on_main(lambda: self._scores(model))  # too small to be shared
+
+    def _scores(self, model: Model) -> list[Score]:
         suite, settings = SUITES[self.name], EvalConfig(seeds=tuple(range(self.config.seeds)))
         train, test = read_splits(
             suite, self.config.data.root, patch_size=model.patch_size, tubelet_size=model.tubelet_size

@@ -1,6 +1,7 @@
 """Evaluate frozen models by name, each beside its untrained self and the pixels: one command, one table.
 
     python -m evals.run --model PATH [--model NAME=PATH ...] --suite dense|global|all|NAME[,NAME] data.root=DIR
+    torchrun --nproc-per-node 8 -m evals.run --model PATH --suite dense data.root=DIR
     python -m evals.run --model runs/demo/exports/primary --suite motion --data DIR --out runs/demo
 
 DIR of the first form holds the sets, a folder each. That of the second holds a shard folder for each split of the
@@ -10,12 +11,15 @@ suite: for `motion`, DIR/probe_train and DIR/test.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from evals.comparison import compare, print_comparison
 from evals.labelled_suite import default_sources, read_pretraining, read_splits, run_suite
@@ -27,8 +31,10 @@ from evals.results import print_table, save
 from evals.suites import SUITES
 from vjepa.hub import from_pretrained
 from vjepa.nn.init import WEIGHT_STD
+from vjepa.train.distributed import World, init_world, leave_process
 
 OUT, STAGE = Path("runs/evals"), "frozen"
+PATIENCE = timedelta(hours=12)  # shares of ranks differ, and the main rank alone does what is not shared
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,36 +90,55 @@ def run_shards(options: argparse.Namespace) -> None:
     print_table(rows, title=title)
 
 
-def run_recipes(options: argparse.Namespace) -> None:
-    """All models by all evaluations that were asked for."""
+def run_recipes(options: argparse.Namespace, world: World) -> None:
+    """All models by all evaluations that were asked for, shared by the ranks; the main one prints and writes."""
     begin, out = time.monotonic(), options.out or OUT
     evaluations = find(options.suite, options.overrides)
-    models = load_models(options.model, device=options.device)
+    models = load_models(options.model, device=world.device)
     found = compare(
         evaluations,
         models,
         out,
         stage=options.stage or STAGE,
-        device=options.device,
+        world=world,
         skip_missing=options.skip_missing,
         again=options.again,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=lambda line: print(line, file=sys.stderr, flush=True) if world.is_main else None,
     )
+    if not world.is_main:
+        return
     title = f"{options.suite}: {len(models)} models, {time.monotonic() - begin:.0f} s; rows in {out}"
     print_comparison(found, title=title)
     if options.report:
         print(f"wrote {write_report(found, out, title=title)}")
 
 
+def is_of_another_rank(error: RuntimeError) -> bool:
+    """Whether this rank stopped because another did, which says why itself: a collective found nobody there."""
+    return isinstance(error, dist.DistError) or "main rank stopped" in str(error) or "gloo" in str(error)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_intermixed_args(arguments)
+    num_ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     try:
-        run_recipes(options) if options.data is None else run_shards(options)
+        if options.data is None:
+            with init_world(options.device, PATIENCE) as world:
+                run_recipes(options, world)
+        elif num_ranks > 1:
+            raise ValueError("--data runs in one process, without torchrun")
+        else:
+            run_shards(options)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {f'rank {rank}: ' if num_ranks > 1 else ''}{error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if num_ranks == 1 or not is_of_another_rank(error):
+            raise
+        print(f"error: rank {rank}: another rank ended ({str(error).splitlines()[0]})", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_process(main())

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from data_pipeline.decode import frames_at, open_decoder
 from evals.jf import Protocol
+from evals.protocol import NotThere
 
 DatasetName = Literal["davis2016", "davis2017", "youtube_vos", "folder"]
 PICTURES, MASKS = (".jpg", ".jpeg", ".png"), (".png",)
 FOLDS = 5  # YouTube-VOS: one video in five of the training set is held out (80/20, reference evaluation.md 1.5)
 
 
-class DatasetError(ValueError):
+class DatasetError(NotThere):
     """A data set or predictions that are not whole; the message says what is missing and how it should lie."""
 
 

@@ -1,6 +1,6 @@
 """Attentive probes trained: a grid of heads over one encoder pass, the best chosen on held-out training data.
 
-The tasks of `probe_task.py` say what is asked, `grid.py` trains; this module joins the two. A step's videos are decoded
+The tasks of `probe_task.py` say what is asked, `grid/` trains; this module joins the two. A step's videos are decoded
 ahead by loader processes where `workers` says so. Clips that are the same every time (held out and validation; training
 too with `augmented=false`) have their tokens cached where `cache.folder` is set.
 """
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from evals.anticipation import AnticipationFeatures
 from evals.cache import Features, Request, open_features
@@ -39,6 +39,7 @@ from evals.protocol import Score as Number
 from vjepa.train.distributed import ALONE, World
 
 TASK, PROBE = "attentive", "attentive"
+OVER_EPOCHS = f"{MAX_OVER_HEADS}_and_epochs"  # ends the name of the papers' number where several epochs are validated
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
@@ -68,6 +69,15 @@ def num_steps(config: ProbeConfig, videos: int) -> int:
     return max(1, config.schedule.epochs * videos // config.schedule.batch_size)
 
 
+def validation_steps(config: ProbeConfig, videos: int) -> set[int]:
+    """Updates after which heads are validated besides the end: those with which every `val_every`th epoch is over."""
+    schedule = config.schedule
+    if schedule.val_every is None:
+        return set()
+    epochs = range(schedule.val_every, schedule.epochs, schedule.val_every)
+    return {epoch * videos // schedule.batch_size for epoch in epochs} - {0, num_steps(config, videos)}
+
+
 # --------------------------------------------------------------------------------------------------- clips to tokens
 
 
@@ -90,15 +100,18 @@ class TrainingClips(Dataset[Batch]):
 
 
 class TrainingTokens:
-    """Step -> tokens and labels of its batch, the next ones being decoded in the meantime; steps come in order."""
+    """Step -> tokens and labels of this rank's part of its batch, the next ones being decoded in the meantime.
 
-    def __init__(self, task: ProbeTask, clips: TrainingClips, steps: int, workers: int) -> None:
-        self.task, self.clips, self.steps, self.workers = task, clips, steps, workers
+    Steps come in order.
+    """
+
+    def __init__(self, task: ProbeTask, clips: TrainingClips, steps: int, workers: int, world: World) -> None:
+        self.task, self.clips, self.steps, self.workers, self.world = task, clips, steps, workers, world
         self._next, self._batches = -1, iter(())
 
     def __call__(self, step: int) -> tuple[Tensor, Any]:
         if step != self._next:  # the first, or the one at which a stopped fit goes on
-            order = [list(self.clips.draws.ordinals(each)) for each in range(step, self.steps)]
+            order = [list(self.clips.draws.ordinals(each, self.world)) for each in range(step, self.steps)]
             self._batches = iter(DataLoader(self.clips, batch_sampler=order, num_workers=self.workers))
         self._next = step + 1
         batch = next(self._batches)
@@ -157,14 +170,16 @@ class Tokens:
     config: ProbeConfig
     features: Features | None = None
     """A cache; None: everything is computed when it is wanted."""
+    world: World = ALONE
 
     @classmethod
-    def of(cls, task: ProbeTask, config: ProbeConfig) -> Tokens:
+    def of(cls, task: ProbeTask, config: ProbeConfig, world: World = ALONE) -> Tokens:
         if config.cache.folder is None:
-            return cls(task, config)
+            return cls(task, config, None, world)
         assert isinstance(task, ClassificationTask)  # ProbeConfig refuses a cache for anticipation
         cache = config.cache
-        return cls(task, config, open_features(task.source, cache.folder, max_gib=cache.max_gib, dtype=cache.dtype))
+        features = open_features(task.source, cache.folder, max_gib=cache.max_gib, dtype=cache.dtype, world=world)
+        return cls(task, config, features, world)
 
     def training(self, steps: int) -> Any:
         """Step -> tokens [B, S * N, D] and labels."""
@@ -172,7 +187,8 @@ class Tokens:
         draws = Draws(len(data), self.config.schedule.batch_size, self.config.seed)
         if self.features is not None and not self.config.augmented:
             return self._cached_training(draws)
-        return TrainingTokens(self.task, TrainingClips(data, draws, self.config.augmented), steps, self.config.workers)
+        clips = TrainingClips(data, draws, self.config.augmented)
+        return TrainingTokens(self.task, clips, steps, self.config.workers, self.world)
 
     def _cached_training(self, draws: Draws) -> Any:
         assert self.features is not None
@@ -180,22 +196,23 @@ class Tokens:
         clips = CachedClips(data, self.features)
 
         def at(step: int) -> tuple[Tensor, Tensor]:
-            samples = [draws.sample(ordinal) for ordinal in draws.ordinals(step)]
+            samples = [draws.sample(ordinal) for ordinal in draws.ordinals(step, self.world)]
             tokens = torch.cat([clips.tokens(sample, middle=True) for sample in samples])
             return tokens, torch.tensor([clips.labels(sample) for sample in samples])
 
         return at
 
     def scored(self, part: Part) -> Iterator[tuple[Tensor, Any]]:
-        """Tokens [B * V, S * N, D] and labels of all of a part, in order."""
+        """Tokens [B * V, S * N, D] and labels of this rank's share of a part, in order."""
         data, size = self.task.dataset(part), self.config.score_batch
+        mine = range(self.world.rank, self.task.size(part), self.world.size)
         if self.features is None:
-            for batch in DataLoader(data, batch_size=size, num_workers=self.config.workers):
+            for batch in DataLoader(Subset(data, mine), batch_size=size, num_workers=self.config.workers):
                 yield self.task.tokens(batch), batch["labels"]
             return
         clips = CachedClips(cast(FileClips, data), self.features)
-        for first in range(0, len(clips.data), size):
-            samples = range(first, min(first + size, len(clips.data)))
+        for first in range(0, len(mine), size):
+            samples = mine[first : first + size]
             labels = default_collate([clips.labels(sample) for sample in samples])
             yield torch.cat([clips.tokens(sample) for sample in samples]), labels
 
@@ -223,8 +240,10 @@ class ProbeResult:
     grid: HeadGrid
     choice: Choice
     values: tuple[Mapping[str, float], ...]
-    """Of every head on validation."""
+    """Of every head on validation, after the last epoch."""
     headline: str
+    best_of_epochs: float
+    """The headline of the best head in the best of the epochs that were validated."""
 
     @property
     def head(self) -> nn.Module:
@@ -235,15 +254,28 @@ def run(
     source: FeatureSource | AnticipationFeatures,
     config: ProbeConfig,
     *,
-    device: torch.device | str = "cpu",
+    world: World = ALONE,
     about: str = "",
 ) -> ProbeResult:
-    """Train the recipe's heads in one process; `about` names the features, for a state that goes on after a stop."""
+    """Train the recipe's heads, every rank with its part of each batch.
+
+    `about` names the features, for a state that goes on after a stop.
+    """
     task = build_task(config, source)
     _check_parts(task, config)
-    steps, tokens = num_steps(config, task.size("train")), Tokens.of(task, config)
-    world = replace(ALONE, device=torch.device(device))
+    steps, tokens = num_steps(config, task.size("train")), Tokens.of(task, config, world)
     state = None if config.state is None else StateFile(Path(config.state) / _state_name(config, source))
+    stops = validation_steps(config, task.size("train"))
+
+    def score(found: HeadGrid, part: Part) -> tuple[Mapping[str, float], ...]:
+        meters = score_heads(found.heads, tokens.scored(part), lambda: ProbeMeter(task.new_score(part)), world=world)
+        return tuple(meter.score.values() for meter in meters)
+
+    def validate(found: HeadGrid) -> None:
+        """Kept with the state, so that a fit that goes on knows its earlier epochs."""
+        if found.step in stops:
+            found.notes[str(found.step)] = [each[task.headline] for each in score(found, "validation")]
+
     found = fit_grid(
         lambda: task.make_head(config.seed),
         config.grid.settings(),
@@ -255,16 +287,13 @@ def run(
         world=world,
         state=state,
         about=f"{config.data} {about}",
+        on_step=validate,
     )
-
-    def score(part: Part) -> tuple[Mapping[str, float], ...]:
-        meters = score_heads(found.heads, tokens.scored(part), lambda: ProbeMeter(task.new_score(part)), world=world)
-        return tuple(meter.score.values() for meter in meters)
-
-    values = score("validation")
-    chosen_on = score("held_out") if len(found.heads) > 1 else values
+    values = score(found, "validation")
+    chosen_on = score(found, "held_out") if len(found.heads) > 1 else values
     choice = choose([each[task.headline] for each in chosen_on], [each[task.headline] for each in values])
-    return ProbeResult(found, choice, values, task.headline)
+    best = max(value for each in ([choice.max_over_heads], *found.notes.values()) for value in each)
+    return ProbeResult(found, choice, values, task.headline, best)
 
 
 def _check_parts(task: ProbeTask, config: ProbeConfig) -> None:
@@ -285,20 +314,25 @@ def evaluate(
     source: FeatureSource | AnticipationFeatures,
     config: ProbeConfig,
     *,
-    device: torch.device | str = "cpu",
+    world: World = ALONE,
     about: str = "",
 ) -> list[Number]:
-    """`attentive_RECIPE`: the value of the head chosen on held-out training data; its other numbers; the papers'
-    maximum over heads on validation, here after the last epoch."""
-    return scores_of(run(source, config, device=device, about=about), config)
+    """`attentive_RECIPE`: the value of the head chosen on held-out training data; its other numbers; the maxima.
+
+    `..._max_over_heads` is the best head on validation after the last epoch; `..._max_over_heads_and_epochs`, what the
+    papers report, the best of every validated epoch, where `schedule.val_every` asks for more than the last.
+    """
+    return scores_of(run(source, config, world=world, about=about), config)
 
 
 def scores_of(result: ProbeResult, config: ProbeConfig) -> list[Number]:
-    """The chosen head's numbers, the headline under the task's own name; then the maximum over heads."""
+    """The chosen head's numbers, the headline under the task's own name; then the maxima over heads, and epochs."""
     name, seed, headline = f"{TASK}_{config.name or config.data.name}", config.seed, result.headline
     values = result.values[result.choice.index]
     found = [Number(name, PROBE, headline, seed, values[headline])]
     found += [Number(f"{name}_{each}", PROBE, each, seed, value) for each, value in values.items() if each != headline]
     if len(result.grid.heads) > 1:
         found.append(Number(f"{name}_{MAX_OVER_HEADS}", PROBE, headline, seed, result.choice.max_over_heads))
+    if config.schedule.val_every is not None:
+        found.append(Number(f"{name}_{OVER_EPOCHS}", PROBE, headline, seed, result.best_of_epochs))
     return found

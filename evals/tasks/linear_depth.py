@@ -1,4 +1,6 @@
-"""Metres for every pixel by a linear layer on frozen tokens: errors of whole images, averaged over a set.
+"""Metres for every pixel by a linear layer on frozen tokens, behind attention among them where a recipe says so.
+
+The metrics are errors of whole images, averaged over a set.
 
 DINOv3's head, loss and evaluation with V-JEPA 2.1's grid of settings (reference evaluation.md 1.4); figures are in the
 recipes.
@@ -11,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evals.dense_config import DepthConfig
-from evals.dense_fit import DenseResult, DenseTask, Plan, is_better_high, run_dense, scores_of
+from evals.dense_fit import DenseResult, DenseTask, run_dense, scores_of
+from evals.dense_heads import dense_head
 from evals.dense_sets import DenseSet, open_depth
-from evals.dense_views import cut
 from evals.depth_metrics import DepthMeter, sig_loss
 from evals.features import FeatureSource
 from evals.protocol import Score
 from vjepa.objectives.projector import GlobalBatchNorm
 from vjepa.train.distributed import ALONE, World
 
-TASK = "linear_depth"
+TASK = "depth"  # after the kind of head
 FIRST_STD = 0.01  # of the first weights, as in segmentation; the paper gives none
 FLOOR = 0.1  # what every bin weighs at least, before the weights are made to sum to 1
 
@@ -55,11 +57,12 @@ def depth_task(name: str, config: DepthConfig) -> DenseTask[DepthMeter]:
 
     return DenseTask(
         name,
-        make_head=lambda dim: LinearDepthHead(dim, config.num_bins, **bounds),
+        make_head=lambda dim: dense_head(dim, config, lambda width: LinearDepthHead(width, config.num_bins, **bounds)),
         loss=loss,
         make_meter=lambda: DepthMeter(**bounds),
         fill=0.0,
         higher_is_better=False,
+        probe=config.head.kind,
         flip_average=config.flip_average,
     )
 
@@ -81,7 +84,7 @@ def run(
 ) -> DenseResult[DepthMeter]:
     """Heads, scores and what pictures need; `splits` are the recipe's unless given."""
     train, test = splits or open_splits(config)
-    task = depth_task(f"{TASK}_{config.data.dataset}", config)
+    task = depth_task(config.task(TASK), config)
     return run_dense(task, source, train, test, config, patch_size=patch_size, world=world)
 
 
@@ -93,43 +96,10 @@ def evaluate(
     patch_size: int = 16,
     world: World = ALONE,
 ) -> list[Score]:
-    """`linear_depth_SET`: the RMSE of the head chosen on held-out training images; then its other numbers."""
+    """`linear_depth_SET` or `attentive_...`: the RMSE of the head chosen on held-out images; then the others."""
     return scores(run(source, config, splits=splits, patch_size=patch_size, world=world), config)
 
 
 def scores(result: DenseResult[DepthMeter], config: DepthConfig) -> list[Score]:
     """What `evaluate` gives, of heads that are fitted already."""
-    return scores_of(result, depth_task(f"{TASK}_{config.data.dataset}", config))
-
-
-def constant_depth(train: DenseSet, test: DenseSet, config: DepthConfig, *, patch_size: int = 16) -> list[Score]:
-    """No features: the median of all known training depths, everywhere."""
-    truths = [_known(item.truth(), config) for item in train.items]
-    depths = torch.cat([truth[truth > 0] for truth in truths])
-    return _floor("constant", depths.median().expand(1, 1), test, config, patch_size)
-
-
-def location_mean(train: DenseSet, test: DenseSet, config: DepthConfig, *, patch_size: int = 16) -> list[Score]:
-    """No features: the mean of the known training depths at each pixel, images being of one size."""
-    truths = torch.stack([_known(item.truth(), config) for item in train.items])
-    known = (truths > 0).sum(dim=0)
-    mean = truths.sum(dim=0) / known.clamp_min(1)
-    mean[known == 0] = truths[truths > 0].median()
-    return _floor("location", mean, test, config, patch_size)
-
-
-def _known(truth: Tensor, config: DepthConfig) -> Tensor:
-    return torch.where((truth > config.min_depth) & (truth < config.max_depth), truth, 0)
-
-
-def _floor(probe: str, depth: Tensor, test: DenseSet, config: DepthConfig, patch_size: int) -> list[Score]:
-    meter = DepthMeter(config.min_depth, config.max_depth)
-    for item in test.items:
-        truth = item.truth()
-        kept = Plan.of(truth.shape, config.view, patch_size).kept
-        meter.update(cut(depth.expand(truth.shape), kept), cut(truth, kept))
-    name = f"{TASK}_{config.data.dataset}"
-    return [
-        Score(name if place == 0 else f"{name}_{metric}", probe, metric, 0, value, is_better_high(metric))
-        for place, (metric, value) in enumerate(meter.scores().items())
-    ]
+    return scores_of(result, depth_task(config.task(TASK), config))

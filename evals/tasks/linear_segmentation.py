@@ -1,4 +1,6 @@
-"""A class for every pixel by a linear layer on frozen tokens: mIoU over whole images of a labelled set.
+"""A class for every pixel by a linear layer on frozen tokens, behind attention among them where a recipe says so.
+
+The metric is mIoU over whole images of a labelled set.
 
 DINOv3's head and protocol with V-JEPA 2.1's grid of settings (reference evaluation.md 1.3); figures are in the recipes.
 """
@@ -10,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evals.dense_config import SegmentationConfig
-from evals.dense_fit import DenseResult, DenseTask, Plan, run_dense, scores_of
+from evals.dense_fit import DenseResult, DenseTask, run_dense, scores_of
+from evals.dense_heads import dense_head
 from evals.dense_sets import DenseSet, open_segmentation
-from evals.dense_views import cut
 from evals.depth_metrics import share_of_sum
 from evals.features import FeatureSource
 from evals.grid import ChannelDropout
@@ -21,7 +23,7 @@ from evals.protocol import IGNORE, Score
 from vjepa.objectives.projector import GlobalBatchNorm
 from vjepa.train.distributed import ALONE, World
 
-TASK = "linear_segmentation"
+TASK = "segmentation"  # after the kind of head
 FIRST_STD = 0.01  # of the first weights; biases start at 0
 
 
@@ -71,11 +73,14 @@ def pixel_loss(outputs: Tensor, labels: Tensor, *, step: int) -> Tensor:
 def segmentation_task(name: str, classes: tuple[str, ...], config: SegmentationConfig) -> DenseTask[SegmentationMeter]:
     return DenseTask(
         name,
-        make_head=lambda dim: LinearSegmentationHead(dim, len(classes), config.dropout),
+        make_head=lambda dim: dense_head(
+            dim, config, lambda width: LinearSegmentationHead(width, len(classes), config.dropout)
+        ),
         loss=pixel_loss,
         make_meter=lambda: SegmentationMeter(classes, per_class=config.per_class),
         fill=IGNORE,
         higher_is_better=True,
+        probe=config.head.kind,
     )
 
 
@@ -96,7 +101,7 @@ def run(
 ) -> DenseResult[SegmentationMeter]:
     """Heads, scores and what pictures need; `splits` are the recipe's unless given."""
     train, test = splits or open_splits(config)
-    task = segmentation_task(f"{TASK}_{config.data.dataset}", test.classes, config)
+    task = segmentation_task(config.task(TASK), test.classes, config)
     return run_dense(task, source, train, test, config, patch_size=patch_size, world=world)
 
 
@@ -108,36 +113,13 @@ def evaluate(
     patch_size: int = 16,
     world: World = ALONE,
 ) -> list[Score]:
-    """`linear_segmentation_SET`: the mIoU of the head chosen on held-out training images; then its other numbers."""
+    """`linear_segmentation_SET` or `attentive_...`: the mIoU of the head chosen on held-out images; then the others."""
     return scores(run(source, config, splits=splits, patch_size=patch_size, world=world), config)
 
 
 def scores(result: DenseResult[SegmentationMeter], config: SegmentationConfig) -> list[Score]:
     """What `evaluate` gives, of heads that are fitted already."""
-    return scores_of(result, segmentation_task(f"{TASK}_{config.data.dataset}", result.images.data.classes, config))
-
-
-def location_prior(train: DenseSet, test: DenseSet, config: SegmentationConfig, *, patch_size: int = 16) -> list[Score]:
-    """No features: the class that is commonest in training at each pixel of the view, images being of one size."""
-    counts: Tensor | None = None
-    for item in train.items:
-        truth = _kept(item.truth(), config, patch_size)
-        votes = F.one_hot(truth.clamp_min(0), len(train.classes)) * (truth != IGNORE)[..., None]
-        counts = votes if counts is None else counts + votes
-    assert counts is not None
-    prior = counts.argmax(dim=-1)
-    meter = ConfusionMatrix(len(test.classes))
-    for item in test.items:
-        meter.update(prior, _kept(item.truth(), config, patch_size))
-    name = f"{TASK}_{config.data.dataset}"
-    return [
-        Score(name, "majority", "mIoU", 0, meter.miou()),
-        Score(f"{name}_accuracy", "majority", "accuracy", 0, meter.accuracy()),
-    ]
-
-
-def _kept(truth: Tensor, config: SegmentationConfig, patch_size: int) -> Tensor:
-    return cut(truth, Plan.of(truth.shape, config.view, patch_size).kept)
+    return scores_of(result, segmentation_task(config.task(TASK), result.images.data.classes, config))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -47,6 +47,7 @@ from vjepa.config import resolve
 from vjepa.hub import encoder_config, from_pretrained
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.registry import create_encoder, list_models, model_config
+from vjepa.train.distributed import ALONE, World
 
 MEAN = "mean"  # what stands for the sequence in the last line of `score`
 TASK, PROBE = "tracking", "propagation"
@@ -132,20 +133,33 @@ def track(
     config: PropagationConfig,
     predictions: Path,
     *,
-    device: torch.device | str = "cpu",
+    world: World = ALONE,
 ) -> list[ObjectScore]:
-    """Predict all videos, write PREDICTIONS/VIDEO/FRAME.png, and score them where true masks allow it."""
-    objects: list[ObjectScore] = []
-    for video in videos:
-        begin = time.monotonic()
-        for frame, ids in tracker.masks(video, config, device):
-            write_mask(predictions / video.name / f"{frame}.png", ids)
-        found = score_video(video, predictions)
-        mean = f"J&F {mean_scores(found)['J&F']:.3f}, " if found else ""
-        seconds = (time.monotonic() - begin) / len(video.frames)
-        print(f"{tracker.name}: {video.name}, {mean}{seconds:.2f} s a frame", file=sys.stderr, flush=True)
-        objects += found
-    return objects
+    """Predict all videos, write PREDICTIONS/VIDEO/FRAME.png, and score them where true masks allow it.
+
+    Every rank takes its share of the videos; all know all scores, in the order of the videos.
+    """
+    mine = {
+        index: _track_video(videos[index], tracker, config, predictions, world.device)
+        for index in range(world.rank, len(videos), world.size)
+    }
+    everyone: dict[int, list[ObjectScore]] = {}
+    for share in world.gather_objects(mine):
+        everyone |= share
+    return [each for index in range(len(videos)) for each in everyone[index]]
+
+
+def _track_video(
+    video: AnnotatedVideo, tracker: Tracker, config: PropagationConfig, predictions: Path, device: torch.device
+) -> list[ObjectScore]:
+    begin = time.monotonic()
+    for frame, ids in tracker.masks(video, config, device):
+        write_mask(predictions / video.name / f"{frame}.png", ids)
+    found = score_video(video, predictions)
+    mean = f"J&F {mean_scores(found)['J&F']:.3f}, " if found else ""
+    seconds = (time.monotonic() - begin) / len(video.frames)
+    print(f"{tracker.name}: {video.name}, {mean}{seconds:.2f} s a frame", file=sys.stderr, flush=True)
+    return found
 
 
 def build_trackers(models: Sequence[str], *, device: torch.device | str = "cpu") -> list[Tracker]:
@@ -239,7 +253,8 @@ def _run(options: argparse.Namespace) -> None:
     seen = seen_categories(options.seen) if options.seen else None
     trackers = build_trackers(options.model, device=options.device)
     masks = {tracker.name: options.out / "masks" / options.dataset / tracker.name for tracker in trackers}
-    objects = {each.name: track(videos, each, config, masks[each.name], device=options.device) for each in trackers}
+    world = replace(ALONE, device=torch.device(options.device))
+    objects = {each.name: track(videos, each, config, masks[each.name], world=world) for each in trackers}
     _write_pictures(videos, masks, options.out / "pictures" / options.dataset)
     if not all(objects.values()):
         print(f"no true masks to score with; predictions are in {options.out / 'masks' / options.dataset}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vjepa
+from evals import floors
 from evals.dense_config import load_depth, load_segmentation
 from evals.dense_features import LevelFeatures, RgbPosition
 from evals.protocol import UNTRAINED, Score
@@ -43,7 +44,7 @@ def camvid(root: Path, model: str, overrides: Sequence[str]) -> Iterator[Entry]:
     splits = linear_segmentation.open_splits(config)
 
     def floor() -> list[Score]:
-        return linear_segmentation.location_prior(*splits, config)
+        return floors.location_prior(*splits, config)
 
     yield Entry("location prior", floor, 0.170, POINTS)
     yield Entry("RGB", lambda: linear_segmentation.evaluate(RgbPatches(cells=8), config, splits=splits), 0.122)
@@ -56,8 +57,8 @@ def camvid(root: Path, model: str, overrides: Sequence[str]) -> Iterator[Entry]:
 def rgbd(root: Path, model: str, overrides: Sequence[str]) -> Iterator[Entry]:
     config = load_depth("rgbd", [f"data.root={root}", *overrides])
     splits = linear_depth.open_splits(config)
-    yield Entry("constant", lambda: linear_depth.constant_depth(*splits, config), 0.709, METRES)
-    yield Entry("location mean", lambda: linear_depth.location_mean(*splits, config), 0.525, METRES)
+    yield Entry("constant", lambda: floors.constant_depth(*splits, config), 0.709, METRES)
+    yield Entry("location mean", lambda: floors.location_mean(*splits, config), 0.525, METRES)
     yield Entry("RGB", lambda: linear_depth.evaluate(RgbPatches(cells=8), config, splits=splits), 0.656)
     yield Entry("RGB + position", lambda: linear_depth.evaluate(RgbPosition(), config, splits=splits), 0.574, METRES)
     yield Entry(f"untrained {model}", lambda: linear_depth.evaluate(_untrained(model), config, splits=splits))

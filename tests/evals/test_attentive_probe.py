@@ -12,7 +12,7 @@ from evals.dense_features import LevelFeatures
 from evals.features import EncoderFeatures
 from evals.grid import Draws
 from evals.probe_config import ProbeConfig, load_probe
-from evals.tasks.attentive_probe import Tokens, build_task, evaluate, num_steps, run
+from evals.tasks.attentive_probe import Tokens, build_task, evaluate, num_steps, run, scores_of
 from tests.evals.rendered import write_video
 from tests.evals.test_anticipation import features, make_epic
 from tests.evals.test_probe_task import render
@@ -74,6 +74,27 @@ def test_numbers_are_named_and_cached_ones_equal_live_ones(videos: Path, tmp_pat
             assert torch.equal(mine[1], theirs[1])
 
 
+def test_the_best_epoch_is_known_also_by_a_fit_that_goes_on(videos: Path, tmp_path: Path) -> None:
+    """Validations in between change no weight; a fit that goes on knows the earlier ones."""
+    grid = ["grid.lr=[3e-3,1e-4]", "grid.weight_decay=[.1]", "schedule.epochs=6", "schedule.batch_size=16"]
+    cache = [f"cache.folder={tmp_path / 'cache'}", "data.held_out=.3"]
+    once = run(untrained(), config_of(videos, *grid, *cache))
+    config = config_of(videos, *grid, *cache, "schedule.val_every=2")
+    result = run(untrained(), config)
+    count = build_task(config, untrained()).size("train")
+    assert list(result.grid.notes) == [str(2 * count // 16), str(4 * count // 16)]
+    assert result.values == once.values
+    seen = [*(value for values in result.grid.notes.values() for value in values), result.choice.max_over_heads]
+    assert result.best_of_epochs == max(seen)
+    names = [score.task for score in scores_of(result, config)]
+    assert names[-2:] == ["attentive_ssv2_max_over_heads", "attentive_ssv2_max_over_heads_and_epochs"]
+    kept = replace(config, state=str(tmp_path / "state"))
+    run(untrained(), kept)
+    again = run(untrained(), kept)  # of the stored end: nothing is trained, the earlier epochs are known
+    assert (again.grid.notes, again.best_of_epochs) == (result.grid.notes, result.best_of_epochs)
+    assert once.best_of_epochs == once.choice.max_over_heads
+
+
 def test_training_clips_are_augmented_by_their_turn(videos: Path) -> None:
     config = replace(config_of(videos, "schedule.batch_size=8"), augmented=True)
     task = build_task(config, untrained())
@@ -126,6 +147,8 @@ def test_anticipation_is_trained_and_scored(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(videos: Path) -> None:
     with pytest.raises(ConfigError, match=r"cache\.folder is set, but no clips are the same"):
         config_of(videos, "cache.folder=x", "clips.validation_offset=random")
+    with pytest.raises(ConfigError, match=r"schedule\.val_every=0 must be at least 1"):
+        config_of(videos, "schedule.val_every=0")
     with pytest.raises(ConfigError, match="score_batch=0 at least 1"):
         config_of(videos, "score_batch=0")
     config = config_of(videos, "data.held_out=.0001")

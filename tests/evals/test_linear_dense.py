@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
 import vjepa
+from evals import floors
 from evals.dense_config import DepthConfig, SegmentationConfig, load_depth, load_segmentation
 from evals.dense_features import LevelFeatures, RgbPosition
 from evals.dense_sets import DenseSetError
@@ -193,7 +194,7 @@ def test_the_location_prior_by_hand(tmp_path: Path) -> None:
             write(tmp_path / "images" / split / f"{number}.png", scene(number)[0])
             write(tmp_path / "labels" / split / f"{number}.png", truth)
     config = segmentation(tmp_path)
-    scores = values(linear_segmentation.location_prior(*linear_segmentation.open_splits(config), config))
+    scores = values(floors.location_prior(*linear_segmentation.open_splits(config), config))
     assert scores == {"linear_segmentation_camvid": pytest.approx(0.25), "linear_segmentation_camvid_accuracy": 0.5}
 
 
@@ -204,11 +205,11 @@ def test_depth_that_colours_tell_is_learnt(rgbd: Path) -> None:
     config = depth(rgbd, "mean_steps=10", "fit.steps=150", "fit.clip_grad=35")
     found = values(linear_depth.evaluate(Colours(), config))
     train, test = linear_depth.open_splits(config)
-    constant = values(linear_depth.constant_depth(train, test, config))
-    location = values(linear_depth.location_mean(train, test, config))
+    constant = values(floors.constant_depth(train, test, config))
+    location = values(floors.location_mean(train, test, config))
     assert found["linear_depth_rgbd"] < 0.6 * min(constant["linear_depth_rgbd"], location["linear_depth_rgbd"])
     assert found["linear_depth_rgbd_delta1"] > constant["linear_depth_rgbd_delta1"] + 0.3
-    better_high = {score.metric: score.higher_is_better for score in linear_depth.constant_depth(train, test, config)}
+    better_high = {score.metric: score.higher_is_better for score in floors.constant_depth(train, test, config)}
     assert (better_high["RMSE"], better_high["delta1"], better_high["AbsRel"]) == (False, True, False)
 
 
@@ -217,7 +218,7 @@ def test_the_constant_is_the_training_median(rgbd: Path) -> None:
     train, test = linear_depth.open_splits(config)
     known = torch.cat([item.truth()[item.truth() > 0] for item in train.items])
     errors = [(item.truth()[item.truth() > 0] - known.median()).square().mean().sqrt().item() for item in test.items]
-    assert headline(linear_depth.constant_depth(train, test, config)) == pytest.approx(sum(errors) / len(errors))
+    assert headline(floors.constant_depth(train, test, config)) == pytest.approx(sum(errors) / len(errors))
 
 
 def test_flip_averaging_is_the_mean_with_the_mirrored_prediction(rgbd: Path) -> None:
@@ -245,7 +246,7 @@ def test_depth_is_augmented_as_in_nyuv2(rgbd: Path) -> None:
     first = linear_depth.evaluate(Colours(), drawn)
     assert first == linear_depth.evaluate(Colours(), drawn)
     train, test = linear_depth.open_splits(drawn)
-    assert headline(first) < headline(linear_depth.constant_depth(train, test, drawn))
+    assert headline(first) < headline(floors.constant_depth(train, test, drawn))
 
 
 # ------------------------------------------------------------------------------------------------------- real data
@@ -255,7 +256,7 @@ def test_the_location_prior_of_camvid_is_that_of_the_reference(shared: Path) -> 
     if not (shared / "data" / "camvid").is_dir():
         pytest.skip("shared/data/camvid is not there")
     config = load_segmentation("camvid", [f"data.root={shared / 'data' / 'camvid'}"])
-    scores = linear_segmentation.location_prior(*linear_segmentation.open_splits(config), config)
+    scores = floors.location_prior(*linear_segmentation.open_splits(config), config)
     assert headline(scores) == pytest.approx(0.170, abs=0.005)  # reference evaluation.md 5.1
 
 
@@ -265,8 +266,8 @@ def test_constant_and_location_of_7scenes_are_those_of_the_reference(shared: Pat
     config = load_depth("rgbd", [f"data.root={shared / 'data' / 'rgbd_7scenes'}"])
     train, test = linear_depth.open_splits(config)
     assert (len(train), len(test)) == (75, 37)
-    assert headline(linear_depth.constant_depth(train, test, config)) == pytest.approx(0.709, abs=0.002)
-    assert headline(linear_depth.location_mean(train, test, config)) == pytest.approx(0.525, abs=0.002)
+    assert headline(floors.constant_depth(train, test, config)) == pytest.approx(0.709, abs=0.002)
+    assert headline(floors.location_mean(train, test, config)) == pytest.approx(0.525, abs=0.002)
 
 
 # --------------------------------------------------------------------------------------------- stopping, and ranks

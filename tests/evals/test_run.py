@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,13 @@ import vjepa
 from evals.cache import encoder_identity
 from evals.comparison import compare, rows_by_digest
 from evals.models import EncoderModel, ForeignModel, PixelModel, load_models
-from evals.protocol import Row
 from evals.published import PUBLISHED
 from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
 from evals.results import read_summary_rows
 from evals.run import main
 from evals.videos import write_mask
 from tests.evals.dense_scenes import write_camvid, write_rgbd
+from tests.evals.rows import rows_of
 from tests.evals.test_adapters import save, tiny_dinov2, tiny_vjepa2
 from tests.evals.test_anticipation import features, make_epic
 from tests.evals.test_probe_task import render
@@ -68,10 +67,6 @@ def arguments(sets: Path, model: Path, out: Path, *more: str, suite: str = "camv
     return ["--model", str(model), "--suite", suite, "--out", str(out), f"data.root={sets}", *SHORT, *more]
 
 
-def rows_of(out: Path) -> list[Row]:
-    return [Row(**json.loads(line)) for line in (out / "evals" / "results.jsonl").read_text().splitlines()]
-
-
 def test_one_command_measures_two_sets_and_again_only_what_is_new(
     sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,15 +74,19 @@ def test_one_command_measures_two_sets_and_again_only_what_is_new(
     printed = capsys.readouterr()
     rows = rows_of(tmp_path)
     measured = {(row.task, row.model): row.value for row in rows}
-    for task, pixels in (("linear_segmentation_camvid", "rgb"), ("tracking_davis2017", "rgb_patches")):
-        assert {name for each, name in measured if each == task} == {"trained", "untrained", pixels}
+    for task, pixels, floor in (
+        ("linear_segmentation_camvid", "rgb", "location_prior"),
+        ("tracking_davis2017", "rgb_patches", "held_mask"),
+    ):
+        assert {name for each, name in measured if each == task} == {"trained", "untrained", pixels, floor}
     assert measured["linear_segmentation_camvid", "rgb"] > 0.4, "classes are colours"
     trained, untrained = (measured["tracking_davis2017", name] for name in ("trained", "untrained"))
     assert trained != untrained, "one has seed 5, the other the 3 that its config says the training began with"
     assert {(row.model, row.training_seed) for row in rows} == {
-        ("trained", 3), ("untrained", 3), ("rgb", None), ("rgb_patches", None),
+        ("trained", 3), ("untrained", 3), ("rgb", None), ("rgb_patches", None), ("location_prior", None),
+        ("held_mask", None),
     }  # fmt: skip
-    assert "[6/6] davis2017, rgb_patches: tracking_davis2017 J&F" in printed.err
+    assert "[8/8] davis2017, held_mask: tracking_davis2017 J&F" in printed.err
     table, published = printed.out.split("Published, NOT measured here")
     assert all(row.task in table for row in rows)
     assert "V-JEPA 2.1 G" in published
@@ -97,25 +96,28 @@ def test_one_command_measures_two_sets_and_again_only_what_is_new(
         "trained",
         "untrained",
         "rgb_patches",
+        "held_mask",
     }
 
     assert main([*arguments(sets, model, tmp_path), "--report"]) == 0
     printed = capsys.readouterr()
-    assert printed.err.count("done before") == 6
+    assert printed.err.count("done before") == 8
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img ") == 2 * 3 * 2, "two test images or videos, three models, two sets"
+    assert page.count("<img ") == 2 * 3 * 2 + 2, (
+        "two test images or videos, three models, two sets; two of the held mask"
+    )
     assert page.index("linear_segmentation_camvid") < page.index("Published, not measured here") < page.index("0.690")
     assert rows_of(tmp_path) == rows
     assert [f"{row.value:.3f}" in printed.out for row in rows] == [True] * len(rows)
 
     assert main(arguments(sets, model, tmp_path, "camvid.fit.lrs=[1e-3]")) == 0
-    assert capsys.readouterr().err.count("done before") == 3, "another recipe is another measurement"
-    assert len(rows_of(tmp_path)) == len(rows) + 6
+    assert capsys.readouterr().err.count("done before") == 4, "another recipe is another measurement"
+    assert len(rows_of(tmp_path)) == len(rows) + 8
 
     assert main([*arguments(sets, model, tmp_path), "--again"]) == 0
     assert capsys.readouterr().err.count("done before") == 0
-    assert len(rows_of(tmp_path)) == 2 * len(rows) + 6
-    assert sum(map(len, rows_by_digest(tmp_path).values())) == len(rows) + 6, "the newest of each"
+    assert len(rows_of(tmp_path)) == 2 * len(rows) + 8
+    assert sum(map(len, rows_by_digest(tmp_path).values())) == len(rows) + 8, "the newest of each"
 
 
 def test_depth_is_measured_and_its_pictures_say_what_is_unknown(tmp_path: Path) -> None:
@@ -124,7 +126,7 @@ def test_depth_is_measured_and_its_pictures_say_what_is_unknown(tmp_path: Path) 
     out = tmp_path / "out"
     asked = ["--model", "untrained:vit_debug", "--suite", "rgbd", "--report", "--out", str(out), *short]
     assert main([*asked, f"data.root={tmp_path / 'sets'}"]) == 0
-    assert {row.model for row in rows_of(out)} == {"untrained_vit_debug", "rgb"}
+    assert {row.model for row in rows_of(out)} == {"untrained_vit_debug", "rgb", "constant", "location_mean"}
     assert {row.metric for row in rows_of(out)} >= {"RMSE", "delta1"}
     picture = np.asarray(Image.open(out / "pictures" / "rgbd" / "rgb" / "00.png"))
     truth, predicted = picture[18:, 284:564], picture[18:, 568:]  # behind the image, each 280 pixels wide
@@ -143,8 +145,9 @@ def test_weights_that_differ_are_measured_and_named_apart(sets: Path, model: Pat
     assert main(asked) == 0
     assert {row.model for row in rows_of(out)} == {
         "primary", "second", "untrained_vit_debug", "untrained_primary", "untrained_second", "rgb_patches",
+        "held_mask",
     }  # fmt: skip
-    assert len(rows_by_digest(out)) == 6
+    assert len(rows_by_digest(out)) == 7
     with pytest.raises(ValueError, match="primary comes twice; results go by names: write --model NAME=PATH"):
         load_models([str(model), str(other)])
 
@@ -216,7 +219,7 @@ def test_models_of_transformers_are_measured_beside_their_untrained_selves(sets:
     out = tmp_path / "out"
     assert main(["--model", f"hf:{folder}", "--suite", "davis2017", "--out", str(out), f"data.root={sets}",
                  "propagation.short_side=56"]) == 0  # fmt: skip
-    assert {row.model for row in rows_of(out)} == {"trained", "untrained", "rgb_patches"}
+    assert {row.model for row in rows_of(out)} == {"trained", "untrained", "rgb_patches", "held_mask"}
     model = tiny_vjepa2()
     for weights in model.parameters():
         weights.data.mul_(2)

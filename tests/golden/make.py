@@ -21,47 +21,50 @@ DIM, DEPTH, WIDTH, LEVELS = 24, 4, 12, 4
 FOLDER = Path(__file__).parent
 
 
-def checkpoint(generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
-    """Random weights under the released names, with every bias, embedding and mask token away from zero."""
+def checkpoint(generator: torch.Generator, *, dim: int = DIM, width: int = WIDTH) -> dict[str, dict[str, Tensor]]:
+    """Random weights under the released names, with every bias, embedding and mask token away from zero.
+
+    `dim` is the encoder's width, `width` the predictor's.
+    """
 
     def draw(*shape: int) -> Tensor:
         fan_in = math.prod(shape[1:])
         scale = 1.5 / max(1, fan_in) ** 0.5 if len(shape) > 1 and shape[0] > 1 else 0.3
         return torch.randn(shape, generator=generator) * scale
 
-    def block(prefix: str, dim: int) -> dict[str, Tensor]:
+    def block(prefix: str, size: int) -> dict[str, Tensor]:
         state = {}
         for norm in ("norm1", "norm2"):
-            state |= {f"{prefix}.{norm}.weight": 1 + draw(dim), f"{prefix}.{norm}.bias": draw(dim)}
+            state |= {f"{prefix}.{norm}.weight": 1 + draw(size), f"{prefix}.{norm}.bias": draw(size)}
         for name, rows, columns in (
-            ("attn.qkv", 3 * dim, dim),
-            ("attn.proj", dim, dim),
-            ("mlp.fc1", 4 * dim, dim),
-            ("mlp.fc2", dim, 4 * dim),
+            ("attn.qkv", 3 * size, size),
+            ("attn.proj", size, size),
+            ("mlp.fc1", 4 * size, size),
+            ("mlp.fc2", size, 4 * size),
         ):
             state |= {f"{prefix}.{name}.weight": draw(rows, columns), f"{prefix}.{name}.bias": draw(rows)}
         return state
 
     def encoder() -> dict[str, Tensor]:
-        state = {"img_mod_embed": draw(1, 1, DIM), "video_mod_embed": draw(1, 1, DIM)}
+        state = {"img_mod_embed": draw(1, 1, dim), "video_mod_embed": draw(1, 1, dim)}
         for name, frames in (("patch_embed", 2), ("patch_embed_img", 1)):
-            state |= {f"{name}.proj.weight": draw(DIM, 3, frames, 8, 8), f"{name}.proj.bias": draw(DIM)}
+            state |= {f"{name}.proj.weight": draw(dim, 3, frames, 8, 8), f"{name}.proj.bias": draw(dim)}
         for i in range(DEPTH):
-            state |= block(f"blocks.{i}", DIM)
+            state |= block(f"blocks.{i}", dim)
         for i in range(LEVELS):
-            state |= {f"norms_block.{i}.weight": 1 + draw(DIM), f"norms_block.{i}.bias": draw(DIM)}
+            state |= {f"norms_block.{i}.weight": 1 + draw(dim), f"norms_block.{i}.bias": draw(dim)}
         return state
 
     def predictor() -> dict[str, Tensor]:
-        state = {"img_mod_embed": draw(1, 1, WIDTH), "video_mod_embed": draw(1, 1, WIDTH)}
-        state |= {f"mask_tokens.{i}": draw(1, 1, WIDTH) for i in range(2)}
-        state |= {"predictor_embed.0.weight": draw(DIM, LEVELS * DIM), "predictor_embed.0.bias": draw(DIM)}
-        state |= {"predictor_embed.2.weight": draw(WIDTH, DIM), "predictor_embed.2.bias": draw(WIDTH)}
+        state = {"img_mod_embed": draw(1, 1, width), "video_mod_embed": draw(1, 1, width)}
+        state |= {f"mask_tokens.{i}": draw(1, 1, width) for i in range(2)}
+        state |= {"predictor_embed.0.weight": draw(dim, LEVELS * dim), "predictor_embed.0.bias": draw(dim)}
+        state |= {"predictor_embed.2.weight": draw(width, dim), "predictor_embed.2.bias": draw(width)}
         for i in range(2):
-            state |= block(f"predictor_blocks.{i}", WIDTH)
-        state |= {"predictor_norm.weight": 1 + draw(WIDTH), "predictor_norm.bias": draw(WIDTH)}
+            state |= block(f"predictor_blocks.{i}", width)
+        state |= {"predictor_norm.weight": 1 + draw(width), "predictor_norm.bias": draw(width)}
         for name in ("predictor_proj", "predictor_proj_context"):
-            state |= {f"{name}.weight": draw(LEVELS * DIM, WIDTH), f"{name}.bias": draw(LEVELS * DIM)}
+            state |= {f"{name}.weight": draw(LEVELS * dim, width), f"{name}.bias": draw(LEVELS * dim)}
         return state
 
     wrap = "module.backbone."
