@@ -35,7 +35,8 @@ def block(generator: torch.Generator, dim: int) -> dict[str, Tensor]:
         "mlp.fc2.weight": (dim, 4 * dim),
         "mlp.fc2.bias": (dim,),
     }
-    return {name: draw(generator, *shape) for name, shape in shapes.items()}
+    ones = ("norm1.weight", "norm2.weight")
+    return {name: draw(generator, *shape) + (name in ones) for name, shape in shapes.items()}
 
 
 def linear(generator: torch.Generator, name: str, rows: int, columns: int) -> dict[str, Tensor]:

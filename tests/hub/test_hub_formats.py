@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vjepa
+from evals.anticipation import AnticipationFeatures
 from evals.models import EncoderModel, load_models
-from evals.probe_config import ProbeConfig
 from launch.config import load_config
 from launch.export import export_run
 from launch.init_from import load_initial_weights
@@ -75,7 +75,7 @@ def debug_run(*overrides: str) -> tuple[Any, JEPA]:
     return config, JEPA(config.objective, *build_models(config.model, config.predictor, seed=5))
 
 
-# -------------------------------------------------------------------------------------------------------- our own folder
+# ------------------------------------------------------------------------------------------------------- our own folder
 
 
 def test_the_card_says_where_the_weights_are_from_and_which_they_are(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_weight_beyond_fp16_and_an_unknown_dtype_are_refused(tmp_path: Path) -
     encoder = vjepa.create_model("vit_debug")
     with pytest.raises(ValueError, match="dtype='int8' is unknown"):
         save_pretrained(encoder, tmp_path, dtype="int8")  # pyright: ignore[reportArgumentType]
-    encoder.norms[0].weight.data[3] = 1e5
+    encoder.state_dict()["norms.0.weight"][3] = 1e5
     with pytest.raises(ValueError, match=r"dtype=fp16: norms\.0\.weight has values beyond"):
         save_pretrained(encoder, tmp_path, dtype="fp16")
 
@@ -139,7 +139,7 @@ def test_a_run_says_its_steps_and_data_in_the_card(tmp_path: Path) -> None:
     assert f"| Data | video/{next(iter(config.data.video.sources))}, image/" in card
 
 
-# ---------------------------------------------------------------------------------------------- Hugging Face's folders
+# ----------------------------------------------------------------------------------------------- Hugging Face's folders
 
 
 @torch.no_grad()
@@ -240,7 +240,7 @@ def test_weights_of_another_rope_or_other_levels_do_not_begin_a_run(released: Pa
         load_initial_weights(objective, released)
 
 
-# ------------------------------------------------------------------------------------------------------------------ ONNX
+# ----------------------------------------------------------------------------------------------------------------- ONNX
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_an_onnx_file_of_other_numbers_is_an_error_with_the_figure(
 
     monkeypatch.setattr("vjepa.hub.onnx_export._write", lambda *_: None)
     monkeypatch.setattr("vjepa.hub.onnx_export._run", other)
-    with pytest.raises(ValueError, match="differs from the encoder by 0.0002"):
+    with pytest.raises(ValueError, match=r"differs from the encoder by 0\.0002"):
         export_onnx(small, tmp_path / "a.onnx", frames=2, size=16)
     assert json.loads((tmp_path / "a.parity.json").read_text())["passed"] is False
 
@@ -277,7 +277,7 @@ def test_a_missing_package_is_named_with_the_command(
     small: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match="needs onnxscript.*pip install onnx onnxruntime onnxscript"):
+    with pytest.raises(ValueError, match=r"needs onnxscript.*pip install onnx onnxruntime onnxscript"):
         export_onnx(small, tmp_path / "a.onnx", frames=2, size=16)
 
 
@@ -306,6 +306,8 @@ def test_evaluations_take_version_2_files_and_folders(released: Path, folder: Pa
         model = load_models([str(path)])[0]
         assert isinstance(model, EncoderModel)
         assert model.encoder.config.rope == "tiled"
-        source = model.clips(ProbeConfig())
+        assert model.predictor is not None
         clips = torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8)
-        assert source.tokens(clips).shape == (1, 2, 2, 2, DIM)  # pyright: ignore[reportCallIssue]
+        assert model.last().tokens(clips).shape == (1, 2, 2, 2, DIM)
+        future = AnticipationFeatures("ours", model.encoder, model.predictor, fps=2.0)
+        assert future.tokens(clips, torch.ones(1)).shape == (1, 8 + 4, DIM)
