@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ from vjepa.nn.encoder import Encoder, EncoderConfig
 from vjepa.objectives.jepa import JEPA
 from vjepa.registry import create_encoder
 
+HUB = Path(vjepa.hub.__file__).parent
 GOLDEN_2_1 = Path(__file__).parents[1] / "golden" / "tiny_checkpoint.pt"
 VERSION_2 = (
     "model.rope=tiled",
@@ -279,6 +281,16 @@ def test_a_missing_package_is_named_with_the_command(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"needs onnxscript.*pip install onnx onnxruntime onnxscript"):
         export_onnx(small, tmp_path / "a.onnx", frames=2, size=16)
+
+
+@pytest.mark.parametrize("path", sorted(HUB.glob("*.py")), ids=lambda path: path.stem)
+def test_what_is_optional_is_imported_only_where_it_is_used(path: Path) -> None:
+    """Training imports vjepa.hub on every rank: transformers and ONNX's packages must not come with it."""
+    tree = ast.parse(path.read_text())
+    names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert names, "nothing was found: the test would check nothing"
+    assert not {name.split(".")[0] for name in names} & {"transformers", "onnx", "onnxruntime", "onnxscript"}
 
 
 # ----------------------------------------------------------------------------------------------- the command, and evals

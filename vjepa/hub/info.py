@@ -56,7 +56,7 @@ def _own(path: Path) -> dict[str, str]:
         "model": size_name(config),
         **_encoder(config),
     }
-    facts |= {str(name): _words(value) for name, value in stored.get("pretraining", {}).items()}
+    facts |= {str(name): _words(value) for name, value in stored.get("pretraining", {}).items() if value is not None}
     if "predictor" in stored:
         facts["predictor"] = _predictor(PredictorConfig(**stored["predictor"]))
     return facts
