@@ -236,6 +236,19 @@ def test_a_2_1_encoder_is_not_written_for_transformers_and_every_reason_is_told(
     assert not (tmp_path / "hf").exists()
 
 
+def test_the_hidden_width_survives_that_transformers_rounds_down(tmp_path: Path) -> None:
+    """int(88 * (120 / 88)) is 119."""
+    config = EncoderConfig(
+        embed_dim=88, depth=1, num_heads=4, mlp_ratio=120 / 88, rope="tiled", interpolate_rope=False,
+        image_tokenizer=False, modality_embed=False,
+    )  # fmt: skip
+    encoder = create_encoder(config)
+    folder = export_hf(encoder, tmp_path, size=32)
+    stored = json.loads((folder / "config.json").read_text())
+    assert int(stored["hidden_size"] * stored["mlp_ratio"]) == 120
+    assert same(from_pretrained(folder), encoder)
+
+
 def test_weights_of_another_rope_or_other_levels_do_not_begin_a_run(released: Path) -> None:
     _, objective = debug_run("model.image_tokenizer=false", "model.modality_embed=false", "model.levels=[-1]")
     with pytest.raises(WeightsError, match=r"model\.rope=interleaved here, tiled there; model\.interpolate_rope=True"):
