@@ -25,7 +25,7 @@ from evals.labelled_suite import read_pretraining
 from evals.probe_config import ProbeConfig
 from evals.protocol import RGB, TRAINED, UNTRAINED
 from evals.references import RgbPatches
-from vjepa.hub import from_pretrained, import_official
+from vjepa.hub import from_pretrained, import_official, predictor_from_pretrained
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.init import WEIGHT_STD
 from vjepa.nn.predictor import Predictor
@@ -72,7 +72,7 @@ class EncoderModel:
         if not config.is_anticipation:
             return LevelFeatures(self.name, self.encoder, config.blocks(self.encoder), join="tokens")
         if self.predictor is None:
-            raise Unsuited("ek100 reads what the predictor expects, and only released .pt files hold a predictor")
+            raise Unsuited("ek100 reads what the predictor expects, and beside this encoder lies none")
         assert config.clips.fps is not None  # ProbeConfig sees to it
         return AnticipationFeatures(self.name, self.encoder, self.predictor, config.clips.fps)
 
@@ -227,7 +227,7 @@ def _ours(name: str, path: Path, device: torch.device | str) -> tuple[EncoderMod
         encoder, predictor = import_official(path)
         encoder, predictor = encoder.to(device).eval(), predictor.to(device).eval()
     else:
-        encoder = from_pretrained(path, device=device)
+        encoder, predictor = from_pretrained(path, device=device), predictor_from_pretrained(path, device=device)
     begin = {"seed": pretraining.get("seed", 0), "weight_std": pretraining.get("init_std", WEIGHT_STD)}
     first = create_encoder(encoder.config, device="cpu", **begin).to(device).eval()
     expected = None if predictor is None else create_predictor(predictor.config, device="cpu", **begin)

@@ -12,14 +12,20 @@ from vjepa import hub
 from vjepa.registry import create_encoder
 
 
-def export_run(run_dir: Path, config: RunConfig, weights: Mapping[str, Tensor]) -> Path:
-    """Write RUN/exports/STAGE/ with the clips that the encoder was trained on beside its weights."""
+def export_run(run_dir: Path, config: RunConfig, weights: Mapping[str, Tensor], *, steps: int | None = None) -> Path:
+    """Write RUN/exports/STAGE/: weights, and what is known of their training, which the model card tells.
+
+    `steps` are those that were trained, null in the card where they are not known.
+    """
     encoder = create_encoder(config.model.encoder_config(), device="meta")
     encoder.load_state_dict(weights, assign=True)
     clip = config.data.video.clip
     trained_on = {
         "recipe": config.recipe,
         "stage": config.stage,
+        "steps": steps,
+        "data": [f"{modality}/{name}" for modality, part in config.data.modalities().items() for name in part.sources],
+        "init_from": config.init_from,
         "seed": config.train.seed,  # with init_std: the untrained encoder of this run can be built again
         "init_std": config.model.init_std,
         "frames": clip.frames,

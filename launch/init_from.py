@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from vjepa.config import ConfigError
-from vjepa.hub import CONFIG, from_pretrained, load_strict
+from vjepa.hub import CONFIG, WeightsError, encoder_config, from_pretrained, load_strict
+from vjepa.nn.encoder import EncoderConfig
 from vjepa.objectives.jepa import JEPA
 from vjepa.train import checkpoint
 from vjepa.train.distributed import ALONE, World
@@ -17,7 +18,8 @@ def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE
 
     From a run's directory, or one of its checkpoints: encoder, predictor and target of the newest checkpoint.
     From an exported folder or a released .pt file: encoder and target alike, the predictor stays as initialised.
-    Raises ConfigError for a path that is none of these, CheckpointError or WeightsError where shapes or names differ.
+    Raises ConfigError for a path that is none of these, CheckpointError or WeightsError where shapes or names differ,
+    or where an exported encoder computed with other positions, heads or levels, which no shape shows.
     """
     path = Path(path)
     saved = _checkpoint(path)
@@ -25,6 +27,7 @@ def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE
         checkpoint.load_module(saved, objective, "", world)
         return f"encoder, predictor and target of {saved}"
     if path.is_file() or (path / CONFIG).is_file():
+        _refuse_other_numbers(encoder_config(path), objective.encoder.config, path)
         weights = from_pretrained(path).state_dict()
         for encoder in {objective.encoder, objective.exported}:
             load_strict(encoder, weights, source=str(path))
@@ -32,6 +35,33 @@ def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE
     raise ConfigError(
         f"init_from={path} is no run with a checkpoint, no exported folder (RUN/exports/STAGE) and no released .pt file"
     )
+
+
+UNSEEN_IN_SHAPES = (
+    "num_heads",
+    "rope",
+    "rope_base",
+    "interpolate_rope",
+    "absolute_position",
+    "absolute_position_base",
+    "attention_mask",
+    "levels",
+)
+
+
+def _refuse_other_numbers(stored: EncoderConfig, built: EncoderConfig, path: Path) -> None:
+    """The same weights with other positions, heads or levels are another model: they load, and give other features."""
+
+    def as_in_recipes(config: EncoderConfig, name: str) -> object:
+        return [level + 1 for level in config.levels] if name == "levels" else getattr(config, name)
+
+    pairs = [(name, as_in_recipes(stored, name), as_in_recipes(built, name)) for name in UNSEEN_IN_SHAPES]
+    different = [f"model.{name}={now} here, {then} there" for name, then, now in pairs if then != now]
+    if different and stored.depth == built.depth:  # another depth has missing weights, which says more
+        raise WeightsError(
+            f"init_from={path}: these weights were trained as another model: {'; '.join(different)}. Set the recipe's "
+            "to those of the weights"
+        )
 
 
 def _checkpoint(path: Path) -> Path | None:

@@ -145,7 +145,7 @@ def _batches(
 
 def _finish(config: RunConfig, run: RunDir, trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
     """Export the target encoder and write the summary, once the last step is saved."""
-    export_run(run.path, config, weights)
+    export_run(run.path, config, weights, steps=trainer.step)
     summary = {
         "recipe": config.recipe,
         "stages": {

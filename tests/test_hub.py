@@ -100,12 +100,12 @@ def test_the_trained_mask_token_serves_both_modalities(released: dict[str, Any])
 @pytest.mark.parametrize(("name", "levels"), [("vit_giant", (9, 19, 29, 39)), ("vit_gigantic", (11, 23, 37, 47))])
 def test_the_giants_are_told_apart_by_their_weights(name: str, levels: tuple[int, ...]) -> None:
     """The released ViT-G was trained with block 37, not the equally spaced 35. Shapes only: nothing is loaded."""
-    from vjepa.hub import _Official
+    from vjepa.hub.layouts import VJEPA21, ReleasedEncoder
 
     model = vjepa.create_model(name, device="meta")
     official = {"patch_embed.proj.weight": model.tokenizer.video.weight, "norms_block.0.weight": torch.ones(1)}
     official |= {n: p for n, p in model.named_parameters() if n.startswith("blocks.")}
-    config = _Official(official, {}, "shapes").encoder_config(None)
+    config = ReleasedEncoder(official, VJEPA21, "shapes").config()
     assert (config.embed_dim, config.depth, config.num_heads) == (
         model.embed_dim,
         model.config.depth,
@@ -125,7 +125,7 @@ def test_files_that_are_no_checkpoint_of_this_kind_are_refused_by_name(
     with pytest.raises(WeightsError, match="no 'predictor' entry"):
         load(write(tmp_path, {"encoder": released["encoder"]}))
     older = {k: v for k, v in released["encoder"].items() if "norms_block" not in k}
-    with pytest.raises(WeightsError, match=r"not V-JEPA 2\.1 weights"):
+    with pytest.raises(WeightsError, match=r"nearest is V-JEPA 2\.1.* lacks norms_block"):
         load(write(tmp_path, {**released, "encoder": older}), key="encoder")
 
 

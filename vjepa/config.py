@@ -42,6 +42,8 @@ class ModelConfig:
     interpolate_rope: bool = True  # scale rows and columns, absolute ones too, to the 16-wide reference grid
     absolute_position: float = 0.0  # add fixed sines and cosines of the position, times this, to all tokens
     absolute_position_base: float = BASE  # of their frequencies; smaller for grids of a few tokens
+    image_tokenizer: bool = True  # false: an image is a frame repeated to a tubelet (V-JEPA 2 weights)
+    modality_embed: bool = True  # false: nothing tells video from images (V-JEPA 2 weights)
     init_std: float = WEIGHT_STD  # of the initial weights of encoder and predictor
     attention_mask: AttentionMask = "full"  # block_causal: a token sees its own and earlier time steps; sdpa only
     attention: BackendName = "auto"  # auto: xformers on CUDA where it imports, else sdpa; bf16 on a CPU: matmul
@@ -72,6 +74,8 @@ class ModelConfig:
             interpolate_rope=self.interpolate_rope,
             absolute_position=self.absolute_position,
             absolute_position_base=self.absolute_position_base,
+            image_tokenizer=self.image_tokenizer,
+            modality_embed=self.modality_embed,
             attention_mask=self.attention_mask,
             embed_dim=self.embed_dim,
             depth=self.depth,
@@ -101,6 +105,7 @@ class PredictorSettings:
             interpolate_rope=encoder.interpolate_rope,
             absolute_position=encoder.absolute_position,
             absolute_position_base=encoder.absolute_position_base,
+            modality_embed=encoder.modality_embed,
             mask_token_std=self.mask_token_std,
         )
 

@@ -1,0 +1,115 @@
+"""Weights from the command line.
+
+python -m vjepa.hub info MODEL
+python -m vjepa.hub export MODEL OUT --format safetensors|hf|onnx [--dtype bf16] [--size 256 --frames 16] ...
+
+MODEL is a released .pt, a folder of ours (RUN/exports/STAGE) or a Hugging Face folder of VJEPA2Model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vjepa import hub
+from vjepa.hub.folder import DTYPES, read_config
+from vjepa.hub.info import describe
+from vjepa.hub.onnx_export import export_onnx
+from vjepa.nn.encoder import Encoder
+
+FORMATS = ("safetensors", "hf", "onnx")
+DEFAULTS = {"safetensors": (None, None), "hf": (256, 64), "onnx": (256, 16)}  # size, frames
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "info":
+            for label, words in describe(options.model).items():
+                print(f"{label + ':':<24} {words}")
+        else:
+            _export(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vjepa.hub", description="What weights are, and other formats.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="which model a file or folder holds")
+    info.add_argument("model", type=Path)
+    export = commands.add_parser("export", help="write a model in another format")
+    export.add_argument("model", type=Path)
+    export.add_argument("out", type=Path, help="a folder")
+    export.add_argument("--format", choices=FORMATS, default="safetensors")
+    export.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the stored weights")
+    export.add_argument("--size", type=int, help="pixels of a square clip; default: as trained, else 256")
+    export.add_argument("--frames", type=int, help="of a clip; default: as trained, else 64 (hf) or 16 (onnx)")
+    export.add_argument("--opset", type=int, default=18, help="of ONNX")
+    export.add_argument("--licence", help="for the model card, an SPDX name such as apache-2.0")
+    return parser
+
+
+def _export(options: argparse.Namespace) -> None:
+    if options.format != "safetensors" and options.licence is not None:
+        raise ValueError(f"--licence is written by --format safetensors only, not {options.format}: leave it out")
+    encoder, trained_on = hub.from_pretrained(options.model), _pretraining(options.model)
+    size, frames = (
+        given or trained_on.get(name) or default
+        for name, given, default in zip(
+            ("size", "frames"), (options.size, options.frames), DEFAULTS[options.format], strict=True
+        )
+    )
+    if options.format == "onnx":
+        _to_onnx(encoder, options, frames, size)
+        return
+    predictor = hub.predictor_from_pretrained(options.model)
+    if options.format == "hf":
+        hub.export_hf(encoder, options.out, predictor, size=size, frames=frames, dtype=options.dtype)
+        print(f"{options.out}: {_compared(encoder, options.out)}")
+        return
+    clip = {"size": size, "frames": frames}
+    described = {**trained_on, **{name: value for name, value in clip.items() if value is not None}}
+    extra = {"pretraining": {"source": options.model.name, **described}}
+    hub.save_pretrained(
+        encoder, options.out, predictor=predictor, extra=extra, dtype=options.dtype, licence=options.licence
+    )
+    print(f"{options.out}: model.safetensors in {options.dtype}, config.json, preprocessor_config.json, README.md")
+
+
+def _to_onnx(encoder: Encoder, options: argparse.Namespace, frames: int, size: int) -> None:
+    """A file for video, and one for images where the encoder has a tokenizer of its own for them."""
+    if options.dtype != "fp32":
+        raise ValueError(f"--dtype {options.dtype}: ONNX files are written in fp32, leave --dtype out")
+    files = {"video.onnx": frames} | ({"image.onnx": 1} if encoder.config.image_tokenizer else {})
+    for name, count in files.items():
+        report = export_onnx(encoder, options.out / name, frames=count, size=size, opset=options.opset)
+        print(f"{options.out / name}: differs by at most {report['max_abs_difference']:.2g} on random clips")
+
+
+def _compared(encoder: Encoder, folder: Path) -> str:
+    if importlib.util.find_spec("transformers") is None:
+        return "written; transformers is not installed here, so the two were not compared"
+    return f"transformers' features differ by at most {hub.compare_with_transformers(encoder, folder):.2g}"
+
+
+def _pretraining(model: Path) -> dict[str, Any]:
+    """What a folder of ours, or a Hugging Face folder, says of its clips."""
+    if model.is_file():
+        return {}
+    stored = read_config(model)
+    if stored.get("model_type"):
+        return {"size": stored.get("crop_size", 256), "frames": stored.get("frames_per_clip", 64)}
+    return stored.get("pretraining", {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

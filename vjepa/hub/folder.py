@@ -1,0 +1,160 @@
+"""Our own format: `model.safetensors` beside a `config.json`, a preprocessor file and a model card.
+
+A predictor, where there is one, lies beside it in `predictor.safetensors`. Weights may be stored in bf16 or fp16: they
+are read back into fp32, and what the rounding does to the features is measured and said in the card.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vjepa.hub.card import model_card, preprocessor
+from vjepa.hub.strict import WeightsError, load_strict, write_atomically
+from vjepa.nn.attention import BackendName
+from vjepa.nn.encoder import Encoder, EncoderConfig
+from vjepa.nn.predictor import Predictor, PredictorConfig
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, PREDICTOR_WEIGHTS = "model.safetensors", "config.json", "predictor.safetensors"
+PREPROCESSOR, CARD = "preprocessor_config.json", "README.md"
+Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What storing weights in fewer bits does to the features of a random clip."""
+
+    max_difference: float  # largest absolute difference of one number
+    relative: float  # norm of the difference over the norm of the features
+
+
+def save_pretrained(
+    encoder: Encoder,
+    folder: Path | str,
+    *,
+    predictor: Predictor | None = None,
+    extra: Mapping[str, Any] | None = None,
+    dtype: Dtype = "fp32",
+    licence: str | None = None,
+) -> Path:
+    """Write an encoder's weights, configuration, preprocessing and model card to `folder`.
+
+    `extra` is kept in config.json for the reader; of it `pretraining` (a flat mapping: recipe, steps, frames, fps,
+    size, ...) is told in the card, and frames, fps and size go into the preprocessor file.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rounding = None if dtype == "fp32" else rounding_difference(encoder, dtype)
+    _save(encoder, folder / WEIGHTS, dtype)
+    config = {"format_version": FORMAT_VERSION, "encoder": asdict(encoder.config), "dtype": dtype, **(extra or {})}
+    if predictor is not None:
+        _save(predictor, folder / PREDICTOR_WEIGHTS, dtype)
+        config["predictor"] = asdict(predictor.config)
+    trained_on = (extra or {}).get("pretraining", {})
+    _write_json(folder / PREPROCESSOR, preprocessor(encoder.config, trained_on))
+    card = model_card(
+        folder.name, encoder, trained_on, sha256=file_digest(folder / WEIGHTS), dtype=dtype, rounding=rounding,
+        predictor=predictor, licence=licence,
+    )  # fmt: skip
+    write_atomically(folder / CARD, lambda path: path.write_text(card))
+    _write_json(folder / CONFIG, config)  # last: a folder that has it is whole
+    return folder
+
+
+def read_encoder(folder: Path, *, attention: BackendName = "auto") -> Encoder:
+    """The encoder of a folder of ours, in fp32."""
+    encoder = Encoder(read_encoder_config(folder), attention=attention)
+    load_strict(encoder, _load(folder / WEIGHTS), source=str(folder / WEIGHTS))
+    return encoder
+
+
+def read_predictor(folder: Path, *, attention: BackendName = "auto") -> Predictor | None:
+    """The predictor of a folder of ours, None where it holds none."""
+    stored = read_config(folder).get("predictor")
+    if stored is None:
+        return None
+    try:
+        predictor = Predictor(PredictorConfig(**stored), attention=attention)
+    except TypeError as error:
+        raise WeightsError(f"{folder / CONFIG}: the predictor's configuration does not fit: {error}") from error
+    load_strict(predictor, _load(folder / PREDICTOR_WEIGHTS), source=str(folder / PREDICTOR_WEIGHTS))
+    return predictor
+
+
+def read_encoder_config(folder: Path) -> EncoderConfig:
+    stored = read_config(folder)
+    if stored.get("format_version") != FORMAT_VERSION:
+        raise WeightsError(
+            f"{folder / CONFIG}: format_version is {stored.get('format_version')!r}, this code reads {FORMAT_VERSION}"
+        )
+    try:
+        return EncoderConfig(**stored["encoder"])
+    except TypeError as error:
+        raise WeightsError(
+            f"{folder / CONFIG}: the encoder's configuration does not fit this version: {error}"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json holds; FileNotFoundError says what to give instead of a folder without one."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {CONFIG}: give a folder written by vjepa.hub.save_pretrained (RUN/exports/STAGE), a "
+            "folder of a VJEPA2Model saved by transformers, or a released .pt file. Nothing is downloaded by name."
+        )
+    return json.loads(path.read_text())
+
+
+@torch.no_grad()
+def rounding_difference(encoder: Encoder, dtype: Dtype) -> Rounding:
+    """Features of a random clip with weights rounded to `dtype`, against those with the weights as they are."""
+    clips = probe_clips(encoder)
+    rounded = copy.deepcopy(encoder)
+    for name, parameter in rounded.named_parameters():
+        parameter.copy_(parameter.to(DTYPES[dtype]))
+        if not parameter.isfinite().all():
+            raise ValueError(f"dtype={dtype}: {name} has values beyond its range; use bf16")
+    exact, coarse = encoder(clips), rounded(clips)
+    difference = coarse - exact
+    return Rounding(float(difference.abs().max()), float(difference.norm() / exact.norm()))
+
+
+def probe_clips(encoder: Encoder, *, tubelets: int = 2, patches: int = 4, count: int = 1, seed: int = 0) -> Tensor:
+    """Small random normalised clips for comparisons: [count, C, T, H, W], on the encoder's device."""
+    size = patches * encoder.patch_size
+    shape = (count, encoder.config.in_chans, tubelets * encoder.tubelet_size, size, size)
+    clips = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return clips.to(next(encoder.parameters()).device)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save(module: nn.Module, path: Path, dtype: Dtype) -> None:
+    state = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in module.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(state, temporary))
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    return {name: value.float() for name, value in load_file(path).items()}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
