@@ -42,19 +42,19 @@ def test_plain_products_equal_sdpa_with_gradients(has_bias: bool) -> None:
     layout = (replace(LAYOUT[0], bias=bias), *LAYOUT[1:])
     found = []
     for attend in (matmul, sdpa):
-        inputs = [x.requires_grad_() for x in qkv()]
-        attended = attend(*inputs, layout)
+        q, k, v = (x.requires_grad_() for x in qkv())
+        attended = attend(q, k, v, layout)
         attended.square().sum().backward()
-        found.append([attended, *(x.grad for x in inputs)])
-    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+        found.append([attended, q.grad, k.grad, v.grad])
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
     assert resolve_backend("matmul", torch.device("cpu")) is matmul
 
 
 def test_plain_products_in_bf16_stay_as_near_as_sdpa_does() -> None:
     exact = sdpa(*qkv(), LAYOUT)
-    rounded = [x.bfloat16() for x in qkv()]
-    error = (matmul(*rounded, LAYOUT).float() - exact).abs().max()
-    assert error < 2 * (sdpa(*rounded, LAYOUT).float() - exact).abs().max()
+    q, k, v = (x.bfloat16() for x in qkv())
+    error = (matmul(q, k, v, LAYOUT).float() - exact).abs().max()
+    assert error < 2 * (sdpa(q, k, v, LAYOUT).float() - exact).abs().max()
 
 
 def test_the_xformers_packing_is_the_block_diagonal_mask_that_sdpa_computes(
