@@ -1,7 +1,7 @@
 """A real SLURM cluster on this machine, for one test session: several nodes, accounting, everything in one folder.
 
-Marker `slurm`: needs the cluster. Marker `slurm_long` beside it: waits for time limits, preemption or dead nodes, and is
-left out of `make test`; `make test-slurm` runs all. Where SLURM's programs are not installed the tests skip by name,
+Marker `slurm`: needs the cluster. Marker `slurm_long` beside it: waits for time limits, preemption or dead nodes, and
+is left out of `make test`; `make test-slurm` runs all. Where SLURM's programs are not installed the tests skip by name,
 and fail where SLURM_REQUIRED is set, as `make test-slurm` does.
 """
 
