@@ -22,10 +22,11 @@ from vjepa.train.config import TrainConfig
 RECIPES = Path(__file__).parent / "recipes"
 MAKERS = ("none", "debug", "digits", "real")  # of data, see launch/prepare.py
 ALIASES = {"vitg16": "vit_giant", "vitG16": "vit_gigantic", "vitl16": "vit_large"}  # command line only
-PLANNED_STAGES = ("cooldown", "distill", "evals")
+PLANNED_STAGES = ("cooldown", "distill")
 # What may change between the segments of one run: nothing that alters numbers.
 FREE_ON_RESUME = (
     "run_dir",
+    "in_chain",
     "check_memory",
     "report",
     "evals",
@@ -74,6 +75,7 @@ class RunConfig:
     run_dir: str = "runs/${recipe}"  # where everything about the run goes
     prepare: dict[str, str] = field(default_factory=dict)  # SOURCE: who makes its shards where there are none yet
     init_from: str | None = None  # new run from the weights of a run, an exported folder or a released .pt file
+    in_chain: bool = False  # one training of several: the summary of all lies in the folder above
     check_memory: bool = True  # refuse to start on a GPU whose memory the plan exceeds (see --dry-run)
     report: bool = False  # write RUN/report/index.html at the end
     evals: dict[str, SuiteConfig | None] = field(default_factory=dict)  # SUITE for launch.evaluate; null drops one
@@ -148,6 +150,11 @@ class RunConfig:
                 raise ConfigError(
                     f"data.video.clip.{name}={count} must be a multiple of model.tubelet_size={encoder.tubelet_size}"
                 )
+
+    def summary_folder(self, run_dir: Path | str | None = None) -> Path:
+        """Where summary.json lies: in the run's folder (`run_dir` where it has moved), or in its chain's."""
+        folder = Path(self.run_dir if run_dir is None else run_dir)
+        return folder.resolve().parent if self.in_chain else folder
 
     def suites(self) -> dict[str, SuiteConfig]:
         """What `python -m launch.evaluate` asks the frozen encoder."""

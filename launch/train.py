@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 -m launch.train --recipe debug [--stage primary] [--
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -14,13 +13,14 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from data_pipeline.figures import DataFigures
 from data_pipeline.loader import build_loader
+from evals.results import update_summary
 from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
 from launch.init_from import load_initial_weights
@@ -34,7 +34,7 @@ from vjepa.objectives.build import load_teacher
 from vjepa.objectives.checks import freeze_unused
 from vjepa.train.distributed import World, init_world, leave_process
 from vjepa.train.record import Interrupted
-from vjepa.train.run_dir import RunDir, write_text
+from vjepa.train.run_dir import RunDir
 from vjepa.train.signals import StopFlag, StoppedEarly, catch_stop_signals
 from vjepa.train.trainer import Trainer
 
@@ -144,21 +144,24 @@ def _batches(
 
 
 def _finish(config: RunConfig, run: RunDir, trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
-    """Export the target encoder and write the summary, once the last step is saved."""
+    """Export the target encoder and note the figures in the summary, once the last step is saved."""
     export_run(run.path, config, weights)
-    summary = {
-        "recipe": config.recipe,
-        "stages": {
-            config.stage: {
-                "steps": trainer.step,
-                "seconds": round(trainer.seconds, 3),
-                "final_loss": trainer.recorder.final_loss,
-            }
-        },
-        "evals": [],
+    figures = {
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 3),
+        "final_loss": trainer.recorder.final_loss,
     }
-    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"done: {trainer.step} steps, final loss {trainer.recorder.final_loss:.4f}; {run.path}/summary.json")
+
+    def note(summary: dict[str, Any]) -> None:
+        before = dict(summary)  # other stages of a chain, evaluations of checkpoints
+        summary.clear()
+        summary["recipe"] = config.recipe
+        summary["stages"] = before.get("stages", {}) | {config.stage: figures}
+        summary["evals"] = before.get("evals", [])
+        summary |= {name: value for name, value in before.items() if name not in summary}
+
+    path = update_summary(config.summary_folder(run.path), note)
+    print(f"done: {trainer.step} steps, final loss {trainer.recorder.final_loss:.4f}; {path}")
 
 
 def _summary_line(
