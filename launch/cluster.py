@@ -64,10 +64,15 @@ def die_with(owner: int) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+def num_processes(config: RunConfig) -> int:
+    """Ranks of a local run."""
+    return max(1, torch.cuda.device_count()) if config.train.device != "cpu" else 1
+
+
 def run_locally(config: RunConfig, *, resume: bool) -> int:
     """Run one process per GPU (one on a CPU), stream their log, and return the run's exit status."""
     run_dir = Path(config.run_dir)
-    processes = max(1, torch.cuda.device_count()) if config.train.device != "cpu" else 1
+    processes = num_processes(config)
     # submitit names its files by process id, which a container hands out again: a folder for each start.
     executor = submitit.LocalExecutor(folder=run_dir / "job" / time.strftime("%Y%m%d-%H%M%S"))
     executor.update_parameters(

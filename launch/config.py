@@ -191,10 +191,14 @@ def recipe_path(recipe: str, stage: str) -> Path:
 
 def load_config(recipe: str, stage: str, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> RunConfig:
     """The resolved configuration of a new run: recipe, then named options, then overrides."""
+    return to_object(merge(RunConfig, recipe_layers(recipe, stage, options), overrides))
+
+
+def recipe_layers(recipe: str, stage: str, options: Sequence[str] = ()) -> list[DictConfig]:
+    """What recipe and named options say, in the order in which they are merged."""
     recipe = ALIASES.get(recipe, recipe)
     layers = [read_recipe(recipe_path(recipe, stage)), *(read_recipe(option_path(name)) for name in options)]
-    named = OmegaConf.create({"recipe": recipe, "stage": stage})
-    return to_object(merge(RunConfig, [*layers, named], overrides))
+    return [*layers, OmegaConf.create({"recipe": recipe, "stage": stage})]
 
 
 def option_path(name: str) -> Path:

@@ -40,11 +40,18 @@ def save_pretrained(encoder: Encoder, folder: Path | str, *, extra: Mapping[str,
     """Write an encoder's weights and configuration to `folder`; `extra` is kept in config.json for the reader."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"format_version": FORMAT_VERSION, "encoder": asdict(encoder.config), **(extra or {})}
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     _write_atomically(folder / WEIGHTS, lambda path: save_file(state, path))
-    _write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    save_config(encoder.config, folder, extra=extra)
     return folder
+
+
+def save_config(config: EncoderConfig, folder: Path | str, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Write what `encoder_config` reads; a folder with nothing else says what shape its weights will have."""
+    content = {"format_version": FORMAT_VERSION, "encoder": asdict(config), **(extra or {})}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def from_pretrained(
