@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,9 +126,9 @@ def test_only(script: Path | str) -> tuple[bool | None, str]:
     return None if any(sign in text for sign in NO_ANSWER) else False, text
 
 
-def ask(*command: str) -> str:
+def ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
     """What one of SLURM's commands prints; SchedulerError where it fails."""
-    done = _run(command)
+    done = _run(command, environment=environment)
     if done.returncode:
         raise _error(command, done)
     return done.stdout.strip()
@@ -147,7 +147,9 @@ def _ignore_end() -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def _run(command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, **options: object
+) -> subprocess.CompletedProcess[str]:
     """Run a command with an empty stdin and in plain English; SchedulerError where it is not there or hangs."""
     try:
         return subprocess.run(  # pyright: ignore[reportCallIssue]
@@ -156,7 +158,7 @@ def _run(command: Sequence[str], **options: object) -> subprocess.CompletedProce
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
-            env=os.environ | {"LC_ALL": "C"},
+            env=dict(os.environ if environment is None else environment) | {"LC_ALL": "C"},
             **options,  # pyright: ignore[reportArgumentType]
         )
     except FileNotFoundError as error:
