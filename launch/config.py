@@ -153,13 +153,17 @@ class RunConfig:
         """What `python -m launch.evaluate` asks the frozen encoder."""
         return {name: settings for name, settings in self.evals.items() if settings is not None}
 
+    def missing_modalities(self) -> dict[str, int]:
+        """Those that are trained on and have no data, with their batches."""
+        batch = self.train.batch.as_dict()
+        return {str(modality): size for modality, size in batch.items() if modality not in self.data.modalities()}
+
     def missing_sources(self) -> list[str]:
         """What must be said about data before the run can start, one entry per modality without any."""
         return [
             f"train.batch.{modality}={size} but data.{modality}.sources is empty: add "
             f"data.{modality}.sources.NAME.path=SHARDS, or set train.batch.{modality}=0"
-            for modality, size in self.train.batch.as_dict().items()
-            if modality not in self.data.modalities()
+            for modality, size in self.missing_modalities().items()
         ]
 
 
@@ -188,6 +192,11 @@ def load_config(recipe: str, stage: str, overrides: Sequence[str] = (), *, optio
     layers = [read_recipe(recipe_path(recipe, stage)), *(read_recipe(option_path(name)) for name in options)]
     named = OmegaConf.create({"recipe": recipe, "stage": stage})
     return to_object(merge(RunConfig, [*layers, named], overrides))
+
+
+def load_stored(path: Path) -> RunConfig:
+    """A resolved configuration as it was written down."""
+    return to_object(merge(RunConfig, [read_recipe(path)], []))
 
 
 def option_path(name: str) -> Path:

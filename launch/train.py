@@ -18,6 +18,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from data_pipeline.figures import DataFigures
 from data_pipeline.loader import build_loader
@@ -32,6 +33,7 @@ from vjepa.masking.collate import MaskCollator
 from vjepa.objectives import JEPA, build_objective
 from vjepa.objectives.build import load_teacher
 from vjepa.objectives.checks import freeze_unused
+from vjepa.train.checkpoint import committed
 from vjepa.train.distributed import World, init_world, leave_process
 from vjepa.train.record import Interrupted
 from vjepa.train.run_dir import RunDir, write_text
@@ -42,14 +44,15 @@ ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
-    """Run one stage on this rank, to its end or to an agreed stop."""
+def train(config: RunConfig, *, resume: bool, stop: StopFlag, store: Store | None = None) -> None:
+    """Run one stage on this rank, to its end or to an agreed stop; `store` is where a launcher has the ranks meet."""
     torch.set_num_threads(config.train.threads)
     timeout = timedelta(seconds=config.train.collective_timeout_s)
-    with init_world(config.train.device, timeout) as world, closing(RunDir(config.run_dir)) as run:
+    with init_world(config.train.device, timeout, store=store) as world, closing(RunDir(config.run_dir)) as run:
         num_micro_batches = config.check(world.size)
         world.on_main(lambda: _open_run(run, config, resume))
         world.on_main(lambda: check_memory(config, world))
+        is_new = world.on_main(lambda: not (resume and committed(run.checkpoints)))
         batch = config.train.batch.as_dict()
         objective = build_objective(
             config.objective, config.model, config.predictor, seed=config.train.seed, device="meta"
@@ -66,7 +69,7 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
             max_bad_fraction=config.data.max_bad_fraction,
             title=f"{config.recipe}/{config.stage}",
             config_hash=numbers_hash(config),
-            fill=lambda objective: _fill(config, objective, world, resume=resume),
+            fill=lambda objective: _fill(config, objective, world, is_new=is_new),
             data_counters=data_figures,
         )
         if resume:
@@ -85,11 +88,11 @@ def check_memory(config: RunConfig, world: World) -> None:
         refuse_if_too_large(config, world.size, memory)
 
 
-def _fill(config: RunConfig, objective: JEPA, world: World, *, resume: bool) -> None:
+def _fill(config: RunConfig, objective: JEPA, world: World, *, is_new: bool) -> None:
     """The values a run starts from: drawn from its seed, or those of `init_from`."""
     objective.initialise(seed=config.train.seed, weight_std=config.model.init_std)
     load_teacher(objective)
-    if config.init_from is not None and not resume:
+    if config.init_from is not None and is_new:
         say(world, f"starting from {load_initial_weights(objective, config.init_from, world)}")
 
 
@@ -206,13 +209,13 @@ def load(arguments: argparse.Namespace, *, is_recipe_asked: bool = True) -> RunC
     return config
 
 
-def run(config: RunConfig, *, resume: bool) -> int:
+def run(config: RunConfig, *, resume: bool, store: Store | None = None) -> int:
     """Train and turn what can go wrong into one line and an exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("submitit").setLevel(logging.WARNING)
     with catch_stop_signals() as stop:
         try:
-            train(config, resume=resume, stop=stop)
+            train(config, resume=resume, stop=stop, store=store)
         except Interrupted as interrupted:
             print(interrupted, flush=True)
             return 128 + interrupted.signum
