@@ -1,7 +1,7 @@
-"""The supervisor: last in a job's script, on its first node, when the ranks have ended: launch.after_job STAGE.json STATUS.
+"""The supervisor, last in a job's script, when its ranks have ended: python -m launch.after_job STAGE.json STATUS.
 
-It says how the segment ended, writes that down, and has SLURM start the job again where that can help. The standard
-library alone; SIGTERM is only noted, because SLURM sends it before it ends the script.
+On the job's first node it says how the segment ended, writes that down, and has SLURM start the job again where that
+can help. The standard library alone; SIGTERM is only noted, because SLURM sends it before it ends the script.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def main(argv: Sequence[str]) -> int:
     text = ": ".join(filter(None, [words, decision.reason]))
     append_segment(order.folder, replace(segment, decision=text, excluded=list(decision.excluded)))
     if ended.kind != "done":
-        say(f"{ended.kind}: {ended.reason}; {text}" + (f"; excluded: {', '.join(decision.excluded)}" if decision.excluded else ""))
+        avoided = f"; avoided from now on: {', '.join(decision.excluded)}" if decision.excluded else ""
+        say(f"{ended.kind}: {ended.reason}; {text}{avoided}")
     try:
         return act(decision, situation, ended_by)
     except SchedulerError as error:

@@ -1,8 +1,8 @@
 """Before the first step of a job on a cluster: is every node fit to train, and do they agree? Ends in seconds.
 
-Two parts. `check_nodes` asks every node what it sees (device, disk, data, clock, versions, code) over the store at which
-the ranks meet, so that a node whose device is gone can still say so. `check_all_reduce` then tries the collectives.
-Every rank comes to the same verdict, which names the node at fault.
+Two parts. `check_nodes` asks every node what it sees (device, disk, data, clock, versions, code) over the store at
+which the ranks meet, so that a node whose device is gone can still say so. `check_all_reduce` then tries the
+collectives. Every rank comes to the same verdict, which names the node at fault.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.distributed import Store
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from data_pipeline.config import DataConfig
 from data_pipeline.retries import RemoteConfig
@@ -44,6 +44,7 @@ REDUCED = 1 << 20  # float32 numbers of the all-reduce
 REPETITIONS = 3
 ROUND_S = 60.0  # all ranks have come, and every look is bounded: nobody is later than this
 BYTES_OF_NUMBER = 4  # weights and both moments are kept in float32
+BYTES_BESIDE = 15_000  # of names, headers and settings for each tensor that is trained, measured
 T = TypeVar("T")
 
 
@@ -89,11 +90,10 @@ def check_nodes(config: RunConfig, place: Place, store: Store | None) -> str:
     if faults:
         raise _error(faults, {report.node for report in reports})
     clocks = [report.clock for report in reports]
-    nodes = len({report.node for report in reports})
+    nodes, spread = len({report.node for report in reports}), max(clocks) - min(clocks)
     seconds = time.monotonic() - began
     return (
-        f"preflight: {len(reports)} rank(s) on {nodes} node(s) are fit, clocks within {max(clocks) - min(clocks):.2f} s, "
-        f"{seconds:.1f} s"
+        f"preflight: {len(reports)} rank(s) on {nodes} node(s) are fit, clocks within {spread:.2f} s, {seconds:.1f} s"
     )
 
 
@@ -166,7 +166,7 @@ def check_device(wanted: str, local_rank: int) -> None:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count <= local_rank:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        raise PreflightError(f"no GPU for local rank {local_rank}: torch sees {count}, CUDA_VISIBLE_DEVICES is {visible}")
+        raise PreflightError(f"no GPU for local rank {local_rank}: torch sees {count}, visible devices: {visible}")
     ones = torch.ones(1024, 1024, device=torch.device("cuda", local_rank))
     if (found := float((ones @ ones).sum())) != 2.0**30:
         raise PreflightError(f"GPU {local_rank} computes wrongly: {found} in place of {2.0**30}")
@@ -210,12 +210,12 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """Size of one checkpoint: all weights, and two moments of those that are trained."""
     objective = build_objective(config.objective, config.model, config.predictor, seed=0, device="meta")
     weights = sum(tensor.numel() for tensor in objective.state_dict().values())
-    trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
-    return BYTES_OF_NUMBER * (weights + 2 * trained)
+    trained = [parameter.numel() for parameter in objective.parameters() if parameter.requires_grad]
+    return BYTES_OF_NUMBER * (weights + 2 * sum(trained)) + BYTES_BESIDE * len(trained)
 
 
 def check_data(data: DataConfig, made: set[str]) -> None:
-    """Every source opens: its manifest is readable and some of its files are there; sources still to be made excepted."""
+    """Every source opens: its manifest is readable, some of its files are there; sources still to be made excepted."""
     remote = RemoteConfig(**(vars(data.remote) | {"attempts": 2, "timeout": PATIENCE_S / 4, "give_up": PATIENCE_S / 2}))
     for modality, part in data.modalities().items():
         for name, source in part.sources.items():
@@ -307,7 +307,8 @@ def check_all_reduce(world: World) -> str:
     everyone = world.gather_objects((is_right, platform.node()))
     judge_sums(everyone)
     slowest = max(world.gather_objects(min(seconds)))
-    return f"preflight: all-reduce of {REDUCED * 4 >> 20} MiB over {world.size} rank(s) is right, {1000 * slowest:.1f} ms"
+    size = f"{REDUCED * 4 >> 20} MiB over {world.size} rank(s)"
+    return f"preflight: all-reduce of {size} is right, {1000 * slowest:.1f} ms"
 
 
 def judge_sums(everyone: Sequence[tuple[bool, str]]) -> None:

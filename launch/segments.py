@@ -146,8 +146,11 @@ def read_segments(folder: Path, job: str | None = None) -> list[Segment]:
 
 def newest_checkpoint(run_dir: Path) -> int:
     """Step of the newest complete checkpoint, 0 without one; as vjepa.train.checkpoint has it, without torch."""
-    steps = [int(match[1]) for path in _entries(run_dir / "checkpoints") if (match := STEP.match(path.name))
-             and (path / "COMMITTED").is_file()]
+    steps = [
+        int(match[1])
+        for path in _entries(run_dir / "checkpoints")
+        if (match := STEP.match(path.name)) and (path / "COMMITTED").is_file()
+    ]
     return max(steps, default=0)
 
 
@@ -262,7 +265,9 @@ def _status(status: int) -> str:
         return str(status)
 
 
-def decide(ended: Ended, segment: Segment, history: Sequence[Segment], *, max_restarts: int, max_crashes: int) -> Decision:
+def decide(
+    ended: Ended, segment: Segment, history: Sequence[Segment], *, max_restarts: int, max_crashes: int
+) -> Decision:
     """What follows from a segment's end, given the segments of the same job before it.
 
     Of `segment` the steps and the number of the restart are read.

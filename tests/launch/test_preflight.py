@@ -50,7 +50,7 @@ def test_a_sound_node_passes_and_leaves_nothing_behind(tmp_path: Path, shards: P
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, shards: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(PreflightError, match="tn1: .*file/run/checkpoints cannot be written: Not a directory"):
+    with pytest.raises(PreflightError, match=r"tn1: .*file/run/checkpoints cannot be written: Not a directory"):
         preflight.check_nodes(debug(tmp_path / "file/run", shards), place(0), None)
 
 
@@ -65,14 +65,14 @@ def test_a_checkpoint_is_as_large_as_was_said(tmp_path: Path, shards: Path) -> N
     assert train(["--recipe", "debug", f"run_dir={tmp_path}", "train.steps=1", "data.workers=0", *arguments]) == 0
     found = sum(path.stat().st_size for path in (tmp_path / "checkpoints/step_00000001").rglob("*"))
     config = debug(tmp_path, shards)
-    assert preflight.checkpoint_bytes(config) == pytest.approx(found, rel=0.25)  # small tensors: many headers
+    assert preflight.checkpoint_bytes(config) == pytest.approx(found, rel=0.2)
     size = preflight.checkpoint_bytes(config)
     assert [preflight.needed_bytes(config, there) / size for there in (0, 3, 9)] == [5, 2, 1]
 
 
 def test_data_that_are_not_there_are_named_and_those_still_to_be_made_are_not_asked_for(tmp_path: Path) -> None:
     config = debug(tmp_path, tmp_path / "nothing", "prepare.debug=none")
-    with pytest.raises(PreflightError, match="tn1: ShardError: .*nothing/manifest.json: no such file"):
+    with pytest.raises(PreflightError, match=r"tn1: ShardError: .*nothing/manifest\.json: no such file"):
         preflight.check_nodes(config, place(0), None)
     preflight.check_nodes(debug(tmp_path, tmp_path / "nothing"), place(0), None)
 
@@ -80,7 +80,7 @@ def test_data_that_are_not_there_are_named_and_those_still_to_be_made_are_not_as
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(PreflightError, match="no GPU for local rank 3: torch sees 0, CUDA_VISIBLE_DEVICES is 0"):
+    with pytest.raises(PreflightError, match="no GPU for local rank 3: torch sees 0, visible devices: 0"):
         preflight.check_device("cuda", 3)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
     with pytest.raises(PreflightError, match="no GPU for local rank 0"):
@@ -89,7 +89,7 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_look_that_hangs_is_a_fault() -> None:
-    with pytest.raises(PreflightError, match="within 0.05 s"):
+    with pytest.raises(PreflightError, match=r"within 0\.05 s"):
         preflight.within(0.05, lambda: time.sleep(1))
 
 
@@ -138,6 +138,7 @@ def fly(root: Path, shards: Path, what: str) -> tuple[str, str | None]:
         "127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
     )
     if what == "clock" and is_bad:
+        assert preflight.exchange.__kwdefaults__
         preflight.exchange.__kwdefaults__["clock"] = lambda: time.time() - 60
     if what == "code" and is_bad:
         preflight.hash_code = lambda folder: "other"
@@ -183,7 +184,8 @@ def reduce(is_wrong: bool) -> str:
 
 @pytest.mark.distributed
 def test_an_all_reduce_is_timed_and_a_wrong_one_is_found_by_all() -> None:
-    assert all(text.startswith("preflight: all-reduce of 4 MiB over 2 rank(s) is right") for text in on_ranks(2, reduce, False))
+    right = on_ranks(2, reduce, False)
+    assert all(text.startswith("preflight: all-reduce of 4 MiB over 2 rank(s) is right") for text in right)
     first, second = on_ranks(2, reduce, True)
     assert first == second
     assert "an all-reduce gave a wrong sum on rank 1 on " in first

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from launch.segments import (
+    Decision,
     Ended,
     NoteKind,
     Outcome,
     Segment,
+    SegmentKind,
     append_segment,
     decide,
     hung_ranks,
@@ -34,10 +36,11 @@ def stopped(rank: int, signum: int) -> Outcome:
     return replace(note(rank, "interrupted", signal.Signals(signum).name, signum=signum), step=12)
 
 
-def segment(restart: int = 0, kind: str = "crashed", step: int | None = 5, culprit: str | None = None) -> Segment:
-    return Segment(
-        "7", restart, "primary", ["tn1", "tn2"], 0.0, 1.0, 1, kind, "", 0, step, "", [], culprit  # pyright: ignore[reportArgumentType]
-    )
+def segment(
+    restart: int = 0, kind: SegmentKind = "crashed", step: int | None = 5, culprit: str | None = None
+) -> Segment:
+    nodes = ["tn1", "tn2"]
+    return Segment("7", restart, "primary", nodes, 0.0, 1.0, 1, kind, "", 0, step, "", [], culprit)
 
 
 def end(status: int, *outcomes: Outcome, hung: dict[int, str] | None = None, is_preempted: bool = False) -> Ended:
@@ -99,13 +102,13 @@ def test_a_user_signal_comes_from_slurm_alone() -> None:
 
 
 def test_ranks_that_their_watchdogs_ended_were_hung_and_the_silent_one_is_named() -> None:
-    said = {rank: "no progress for 5.1 s in backward of step 7" for rank in (0, 1, 2)}
+    said = dict.fromkeys((0, 1, 2), "no progress for 5.1 s in backward of step 7")
     found = end(137, hung=said)
     assert (found.kind, found.culprit) == ("hung", "tn2")
     assert found.reason == (
         "rank 0 on tn1: no progress for 5.1 s in backward of step 7; nothing was heard of rank 3 on tn2"
     )
-    assert end(75, hung={rank: "no progress" for rank in PLACES}).culprit is None
+    assert end(75, hung=dict.fromkeys(PLACES, "no progress")).culprit is None
 
 
 def test_preflight_names_the_one_node_at_fault_and_none_where_all_are() -> None:
@@ -118,8 +121,10 @@ def test_preflight_names_the_one_node_at_fault_and_none_where_all_are() -> None:
 # --------------------------------------------------------------------------------------------------------- what follows
 
 
-def after(kind: str, now: Segment, *history: Segment, culprit: str | None = None, restarts: int = 20):
-    ended = Ended(kind, "because", culprit)  # pyright: ignore[reportArgumentType]
+def after(
+    kind: SegmentKind, now: Segment, *history: Segment, culprit: str | None = None, restarts: int = 20
+) -> Decision:
+    ended = Ended(kind, "because", culprit)
     return decide(ended, now, history, max_restarts=restarts, max_crashes=3)
 
 
