@@ -106,14 +106,16 @@ def requeue(job: str) -> None:
     _ask_outside("scontrol", "requeue", job)
 
 
-def requeue_excluding(job: str, nodes: Sequence[str]) -> None:
-    """As `requeue`, never again on `nodes`; the job keeps its id, and so its dependants."""
+def exclude(job: str, nodes: Sequence[str]) -> None:
+    """Never again on `nodes`, for a job that was requeued: SLURM refuses it for a running one.
+
+    The job keeps its id, and so its dependants. Holding it first would be safer against a start in between, but a
+    supervisor that is killed then would leave it held for ever; and while the supervisor lives the job cannot start.
+    """
     excluded = describe(job).get("ExcNodeList", "(null)")
     before = [] if excluded == "(null)" else host_names(excluded)
     names = ",".join(dict.fromkeys([*before, *nodes]))
-    # In one go, outside of this job: the first of the three ends whoever gives it from within.
-    steps = 'scontrol requeuehold "$1" && scontrol update JobId="$1" ExcNodeList="$2" && scontrol release "$1"'
-    _ask_outside("sh", "-c", steps, "sh", job, names)
+    _ask_outside("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}")
 
 
 def test_only(script: Path | str) -> tuple[bool | None, str]:

@@ -144,6 +144,8 @@ def setup_lines(order: JobOrder, profile: ClusterProfile, python: str) -> list[s
         "# logs of the ranks, and what they execute, under this job's number",
         f'mkdir -p {quote(str(folder))}/"$SLURM_JOB_ID"',
         f'cp {task} {quote(str(folder))}/"$SLURM_JOB_ID/${{SLURM_JOB_ID}}_submitted.pkl"',
+        "# when this segment begins, and what became of those before it",
+        f"{python} -m launch.before_job {quote(str(order.file('json')))}",
         "# when the ranks have ended, the supervisor decides: done, start again, or give up",
         "trap : TERM",
         f"trap 'status=$?; {python} -m launch.after_job {quote(str(order.file('json')))} $status; exit $?' EXIT",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
 from launch.init_from import load_initial_weights
 from launch.plan import refuse_if_too_large
+from launch.preflight import PreflightError, check_all_reduce
 from launch.prepare import prepare_data
+from launch.segments import NoteKind
 from vjepa.batch import MicroBatch
 from vjepa.config import ConfigError, to_yaml
 from vjepa.masking.collate import MaskCollator
@@ -36,7 +39,7 @@ from vjepa.objectives.checks import freeze_unused
 from vjepa.train.checkpoint import committed
 from vjepa.train.distributed import World, init_world, leave_process
 from vjepa.train.record import Interrupted
-from vjepa.train.run_dir import RunDir
+from vjepa.train.run_dir import RunDir, RunInUseError
 from vjepa.train.signals import StopFlag, StoppedEarly, catch_stop_signals
 from vjepa.train.trainer import Trainer
 
@@ -49,6 +52,8 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag, store: Store | Non
     torch.set_num_threads(config.train.threads)
     timeout = timedelta(seconds=config.train.collective_timeout_s)
     with init_world(config.train.device, timeout, store=store) as world, closing(RunDir(config.run_dir)) as run:
+        if store is not None:
+            say(world, check_all_reduce(world))
         num_micro_batches = config.check(world.size)
         world.on_main(lambda: _open_run(run, config, resume))
         world.on_main(lambda: check_memory(config, world))
@@ -212,24 +217,48 @@ def load(arguments: argparse.Namespace, *, is_recipe_asked: bool = True) -> RunC
     return config
 
 
-def run(config: RunConfig, *, resume: bool, store: Store | None = None) -> int:
+class Note(Protocol):
+    """Takes down how a rank has ended, for a launcher; `kind` as in launch/segments.py."""
+
+    def __call__(
+        self, kind: NoteKind, text: str, *, step: int | None = None, signum: int = 0, culprit: str | None = None
+    ) -> None: ...
+
+
+def no_note(kind: NoteKind, text: str, *, step: int | None = None, signum: int = 0, culprit: str | None = None) -> None:
+    """Nobody asks."""
+
+
+def run(config: RunConfig, *, resume: bool, store: Store | None = None, note: Note = no_note) -> int:
     """Train and turn what can go wrong into one line and an exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("submitit").setLevel(logging.WARNING)
     with catch_stop_signals() as stop:
         try:
             train(config, resume=resume, stop=stop, store=store)
-        except Interrupted as interrupted:
-            print(interrupted, flush=True)
-            return 128 + interrupted.signum
-        except StoppedEarly as stopped:
+        except (Interrupted, StoppedEarly) as stopped:
             print(stopped, flush=True)
+            step = stopped.step if isinstance(stopped, Interrupted) else None
+            note("interrupted", signal.Signals(stopped.signum).name, step=step, signum=stopped.signum)
             return 128 + stopped.signum
         except (ValueError, RuntimeError, OSError) as error:
             log.debug("", exc_info=True)
             print(f"error: {str(error).strip()} (run_dir={config.run_dir})", file=sys.stderr, flush=True)
+            note_error(note, error)
             return 1
+        note("done", f"{config.train.steps} steps", step=config.train.steps)
     return 0
+
+
+def note_error(note: Note, error: Exception) -> None:
+    """What a person must mend is refused; what may go better another time, or on another node, is not."""
+    text = f"{type(error).__name__}: {str(error).strip()}"
+    if isinstance(error, PreflightError):
+        note("preflight", str(error), culprit=error.culprit)
+    elif isinstance(error, ValueError) and not isinstance(error, RunInUseError):
+        note("refused", text)
+    else:
+        note("error", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

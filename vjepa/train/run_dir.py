@@ -27,6 +27,10 @@ class RunDirError(ValueError):
     """A run directory that must not be used as asked; the message says what to do."""
 
 
+class RunInUseError(RunDirError):
+    """A run directory that another process holds; it may be one that is about to end."""
+
+
 class RunDir:
     """One run's folder; the main rank alone locks it and writes to it."""
 
@@ -85,7 +89,7 @@ class RunDir:
                     self._lock.seek(0)
                     holder = self._lock.read().strip() or "unknown process"
                     self.close()
-                    raise RunDirError(
+                    raise RunInUseError(
                         f"{self.path} is in use by another process ({holder}): two processes must not train into one "
                         "run directory. Stop it first, or choose another run_dir=..."
                     ) from error
