@@ -143,6 +143,7 @@ def plan_chain(
     world: Callable[[RunConfig], int] = num_processes,
     more: Callable[[RunConfig], Sequence[str]] = lambda config: (),
     needs_sources: bool = True,
+    is_absolute: bool = False,
 ) -> Chain:
     """The configurations of all stages, checked on as many ranks as `world` says.
 
@@ -155,6 +156,7 @@ def plan_chain(
         resume = True
     own = _split(request)
     root = Path(_root(request))
+    root = root.resolve() if is_absolute else root  # a job's folder must not depend on where it is started from
     is_shared = len(request.trainings) > 1
     configs: dict[str, RunConfig] = {}
     for stage in request.trainings:

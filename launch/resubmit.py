@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,41 +29,38 @@ def resume(root: Path) -> list[str]:
 
     Raises ResumeError where a job of the run still lives, SchedulerError with SLURM's words.
     """
-    rows = {row["stage"]: row for row in read_jobs(root) if "@" not in row["stage"]}
-    if not rows:
-        raise ResumeError(
-            f"{root} has no jobs on a cluster: go on with `submit.py --stage STAGE run_dir={root} --resume`"
-        )
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for row in read_jobs(root):
+        if "@" not in row["stage"]:  # evaluations on the way
+            stages.setdefault(row["stage"], []).append(row)
+    if not stages:
+        raise ResumeError(f"{root} has no jobs on a cluster: `submit.py --stage STAGE run_dir={root} --resume`")
     if alive := live_jobs(root):
-        raise ResumeError(
-            f"job {alive[0].job} of {root} is {alive[0].state}: it goes on by itself, or `cancel` it first"
-        )
+        first = alive[0]
+        raise ResumeError(f"job {first.job} of {root} is {first.state}: it goes on by itself; or `cancel` it first")
     lines, after = [], None
-    for stage, row in rows.items():
-        left = unfinished(row)
-        if not left:
+    for stage, rows in stages.items():
+        if not (left := unfinished(rows)):
             lines.append(f"{stage} is finished")
             continue
-        job = sbatch(Path(row["script"]), *_array(row, left), *_behind(after))
-        note_again(root, row, job, after)
+        row = rows[-1]
+        job = sbatch(Path(row["script"]), *_array(row, left), *_behind(row, after))
+        note_job_line(root, row, job, after)
         behind = f", after job {after}" if after else ""
         lines.append(f"{stage} is queued as job {job}{behind} ({row['script']})")
         after = job
     return lines
 
 
-def unfinished(row: Mapping[str, Any]) -> list[int]:
-    """The indices of a job's elements (0: the job itself) that have not completed."""
-    if row["array"] is None:
-        return [] if is_completed(row) else [0]
-    done = _completed(row["job"])
-    return [index for index in range(row["array"]) if f"{row['job']}_{index}" not in done]
-
-
-def is_completed(row: Mapping[str, Any]) -> bool:
-    """Whether SLURM says so, or the stage's export is there, which is written at its very end."""
-    export = Path(row["run_dir"]) / "exports" / row["stage"] / "config.json"
-    return export.is_file() or row["job"] in _completed(row["job"])
+def unfinished(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The indices of a stage's elements (0: its one job) that no job of it has completed."""
+    last, done = rows[-1], set[str]()
+    for row in rows:
+        done |= {job.partition("_")[2] or "0" for job in _completed(row["job"])}
+    if last["array"] is None:  # the export is written at the very end
+        is_exported = (Path(last["run_dir"]) / "exports" / last["stage"] / "config.json").is_file()
+        return [] if is_exported or done else [0]
+    return [index for index in range(last["array"]) if str(index) not in done]
 
 
 def _completed(job: str) -> set[str]:
@@ -76,17 +73,17 @@ def _completed(job: str) -> set[str]:
 
 
 def _array(row: Mapping[str, Any], left: list[int]) -> list[str]:
-    if row["array"] is None:
+    return [] if row["array"] is None else [f"--array={','.join(map(str, left))}%{row['at_once']}"]
+
+
+def _behind(row: Mapping[str, Any], after: str | None) -> list[str]:
+    if after is None:
         return []
-    return [f"--array={','.join(map(str, left))}" + (f"%{row['at_once']}" if row.get("at_once") else "")]
+    return [f"--dependency={row.get('when', 'afterok')}:{after}", "--kill-on-invalid-dep=yes"]
 
 
-def _behind(after: str | None) -> list[str]:
-    return [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-
-
-def note_again(root: Path, row: Mapping[str, Any], job: str, after: str | None) -> None:
-    """The job's line in jobs.jsonl."""
+def note_job_line(root: Path, row: Mapping[str, Any], job: str, after: str | None) -> None:
+    """A job's line in jobs.jsonl."""
     line = dict(row) | {"job": job, "after": after, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     with (root / "job" / "jobs.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -43,7 +43,7 @@ def read_progress(run_dir: Path, config: Path | None = None) -> Progress:
     settings = _settings(run_dir / "config.yaml") or (_settings(config) if config is not None else {})
     train = settings.get("train", {})
     rows = _last_rows(run_dir / "metrics.jsonl")
-    found = _checkpoints(run_dir / "checkpoints")
+    found = checkpoints(run_dir / "checkpoints")
     meta = _json(found[max(found)] / "meta.json") if found else {}
     seconds = [row["step_seconds"] for row in rows[-TIMED_ROWS:] if "step_seconds" in row]
     return Progress(
@@ -95,7 +95,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "step" in row]
 
 
-def _checkpoints(folder: Path) -> dict[int, Path]:
+def checkpoints(folder: Path) -> dict[int, Path]:
     """Complete ones, as vjepa.train.checkpoint.committed finds them."""
     found = {int(match[1]): path for path in folder.glob("step_*") if (match := STEP.match(path.name))}
     return {step: path for step, path in found.items() if (path / "COMMITTED").is_file()}

@@ -87,7 +87,7 @@ def _segment(line: str) -> Segment:
 
 def describe(job: str) -> dict[str, str]:
     """All that `scontrol show job` says, by SLURM's own names."""
-    words = ask("scontrol", "-o", "show", "job", job).split()
+    words = ask("scontrol", "-o", "show", "job", _alone(job)).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
@@ -103,7 +103,12 @@ def cancel(jobs: Sequence[str]) -> None:
 
 def requeue(job: str) -> None:
     """Put a running job back into the queue; safe inside that very job, whose end SLURM begins at once."""
-    _ask_outside("scontrol", "requeue", job)
+    _ask_outside("scontrol", "requeue", _alone(job))
+
+
+def _alone(job: str) -> str:
+    """An element of an array by the name that means it alone: one element's plain number is that of the whole array."""
+    return os.environ.get("VJEPA_ELEMENT", job) if job == os.environ.get("SLURM_JOB_ID") else job
 
 
 def exclude(job: str, nodes: Sequence[str]) -> None:
@@ -115,7 +120,7 @@ def exclude(job: str, nodes: Sequence[str]) -> None:
     excluded = describe(job).get("ExcNodeList", "(null)")
     before = [] if excluded == "(null)" else host_names(excluded)
     names = ",".join(dict.fromkeys([*before, *nodes]))
-    _ask_outside("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}")
+    _ask_outside("scontrol", "update", f"JobId={_alone(job)}", f"ExcNodeList={names}")
 
 
 def test_only(script: Path | str) -> tuple[bool | None, str]:

@@ -4,6 +4,9 @@ python launch/submit.py --stage primary [--recipe NAME] [--cluster auto|local|sl
                         [--resume] [key=value ...]
 python launch/submit.py --stage primary --cluster slurm [--profile NAME|FILE] [--nodes N] [--time MIN] ... [--dry-run]
                         [--resume] [key=value ...]
+python launch/submit.py --stage primary,cooldown,evals [--eval-every N] ... [key=value | STAGE.key=value ...]
+python launch/submit.py status|logs|cancel|resume RUN
+python launch/submit.py prepare TOOL --slices N [--jobs N] [--profile NAME|FILE] ... -- ARGUMENTS OF THE TOOL
 python launch/submit.py --recipe NAME --sweep KEY[=a,b,c | =LOW..HIGH] [--method bisect|grid|random] [--range LOW HIGH]
                         [--runs N] [--steps N] [--jobs N] [--score TASK] [--resume] run_dir=DIR [key=value ...]
 python launch/submit.py --recipe NAME --dry-run [--gpus N] [--card H100 | --gpu-memory GB] [--mfu 0.4]
@@ -23,7 +26,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of imports: end, without a traceback
 
+LOOKING = ("status", "logs", "cancel", "resume")
+if __name__ == "__main__" and sys.argv[1:2] and sys.argv[1] in LOOKING:  # before torch is imported: in a moment
+    from launch.watch import main as watch
+
+    raise SystemExit(watch(sys.argv[1:]))
+
 from launch import scheduler
+from launch.chain import ChainRequest, is_chain, plan_chain, read_stages, run_chain_locally
 from launch.cluster import die_with, run_locally
 from launch.cluster_profile import (
     DEFAULT_PROFILE,
@@ -37,10 +47,12 @@ from launch.cluster_profile import (
     profile_overrides,
 )
 from launch.config import RunConfig
+from launch.job_array import TOOLS, check_tool, submit_slices, submit_sweep
 from launch.plan import plan
 from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB
 from launch.report import build_report
 from launch.scheduler import SchedulerError
+from launch.slurm_chain import describe_jobs, submit_chain
 from launch.slurm_submit import dry_run as dry_run_slurm
 from launch.slurm_submit import refuse_queued, submit_stage
 from launch.sweep import add_sweep_arguments, read_sweep, refuse_without_sweep
@@ -156,6 +168,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop"
     )
+    parser.add_argument(
+        "--eval-every", type=int, metavar="N", help="on SLURM: evaluate checkpoints every N steps, as jobs of their own"
+    )
     add_profile_arguments(parser)
     add_sweep_arguments(parser)
     shape = parser.add_argument_group("device shape, for the plan of --dry-run; what cannot fit it is refused")
@@ -168,12 +183,39 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sweep(arguments: argparse.Namespace) -> int:
+def sweep(arguments: argparse.Namespace, site: Site) -> int:
     """Several short runs in place of one."""
     asked = read_sweep(arguments)
     if arguments.dry_run:
         return dry_run_sweep(asked)
+    if site.is_slurm:
+        jobs = arguments.jobs or 1
+        print("\n".join(submit_sweep(asked, site.profile, site.profile_name, jobs=jobs, resume=arguments.resume)))
+        return 0
     return run_sweep(asked, jobs=arguments.jobs or 1, resume=arguments.resume)
+
+
+def prepare(words: Sequence[str]) -> int:
+    """A data preparation tool over its slices, as an array."""
+    found = argparse.ArgumentParser(prog="python launch/submit.py prepare", description=prepare.__doc__)
+    found.add_argument("tool", metavar="TOOL", help="; ".join(f"{name}: {text}" for name, text in TOOLS.items()))
+    found.add_argument("--slices", type=int, required=True, metavar="N", help="parts, each an element of the array")
+    found.add_argument("--jobs", type=int, metavar="N", help="elements at a time (default: all)")
+    found.add_argument("--cluster", choices=("slurm",), default="slurm", help="where to run")
+    add_profile_arguments(found)
+    cut = list(words).index("--") if "--" in words else len(words)
+    arguments, rest = found.parse_args(words[:cut]), words[cut + 1 :]
+    try:
+        out = check_tool(arguments.tool, rest, arguments.slices)
+        site = choose_site(arguments)
+        jobs = arguments.jobs or arguments.slices
+        named = (site.profile, site.profile_name)
+        lines = submit_slices(arguments.tool, rest, arguments.slices, *named, out=out, jobs=jobs)
+    except (ValueError, OSError, SchedulerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
 
 
 def _load(arguments: argparse.Namespace, site: Site, *, is_recipe_asked: bool) -> RunConfig:
@@ -194,6 +236,37 @@ def _open(run: RunDir, *, resume: bool) -> None:
     if not resume:
         run.refuse_existing()
     run.make()
+
+
+def chain(arguments: argparse.Namespace, site: Site) -> int:
+    """Several stages: here one after another, on SLURM as dependent jobs."""
+    if arguments.eval_every is not None and not site.is_slurm:
+        raise ConfigError("--eval-every is for --cluster slurm; here `evals` evaluates the checkpoints that were kept")
+    request = ChainRequest(
+        recipe=arguments.recipe,
+        stages=read_stages(arguments.stage),
+        options=tuple(arguments.option),
+        overrides=tuple(arguments.overrides),
+        eval_every=arguments.eval_every,
+    )
+    planned = plan_chain(
+        request,
+        resume=arguments.resume,
+        **({"world": lambda config: site.world} if site.is_slurm else {}),
+        more=lambda config: data_overrides(site.profile, config.missing_modalities()),
+        needs_sources=not arguments.dry_run,
+        is_absolute=site.is_slurm,
+    )
+    place = f"on SLURM, profile {site.profile_name}" if site.is_slurm else "on this machine"
+    print(f"recipe {arguments.recipe}, stages {arguments.stage} in {planned.root}, {place} ({site.why})", flush=True)
+    print("\n".join(planned.describe()), flush=True)
+    if arguments.dry_run:
+        return 0
+    if not site.is_slurm:
+        return run_chain_locally(planned)
+    print("\n".join(describe_jobs(submit_chain(planned, site.profile, site.profile_name))))
+    print(f"what is going on: python launch/submit.py status {planned.root}")
+    return 0
 
 
 def submit(config: RunConfig, site: Site) -> int:
@@ -218,6 +291,13 @@ def run_here(config: RunConfig, *, resume: bool) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] and words[0] in LOOKING:
+        from launch.watch import main as watch
+
+        return watch(words)
+    if words[:1] == ["prepare"]:
+        return prepare(words[1:])
     arguments = parser().parse_intermixed_args(argv)
     try:
         site = choose_site(arguments)
@@ -226,14 +306,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.sweep:
             if arguments.owner is not None:
                 die_with(arguments.owner)
-            return sweep(arguments)
+            return sweep(arguments, site)
         refuse_without_sweep(arguments)
+        if is_chain(arguments.stage) or arguments.eval_every is not None:
+            return chain(arguments, site)
         config = _load(arguments, site, is_recipe_asked=asked is not None)
         if config.recipe != arguments.recipe and asked is None:
             why = "the run's own"
         if not arguments.dry_run:
             _open(RunDir(config.run_dir), resume=arguments.resume)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SchedulerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.owner is not None:
