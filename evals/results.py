@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,25 @@ def merge_summary(run: Path | str, rows: Sequence[Row]) -> Path:
     Whatever else the summary holds stays as it is; without a summary, one with rows alone is written.
     """
     path = Path(run) / SUMMARY
-    summary = _read_summary(path)
-    merged = {row.identity: row for row in [*_rows_of(summary, path), *rows]}.values()
-    summary["evals"] = [row.to_json() for row in merged if row.step is None]
-    if any(row.step is not None for row in merged):
-        summary["curve"] = [row.to_json() for row in merged if row.step is not None]
-    _replace(path, json.dumps(summary, indent=2) + "\n")
+
+    def merge(summary: dict[str, Any]) -> None:
+        merged = {row.identity: row for row in [*_rows_of(summary, path), *rows]}.values()
+        summary["evals"] = [row.to_json() for row in merged if row.step is None]
+        if any(row.step is not None for row in merged):
+            summary["curve"] = [row.to_json() for row in merged if row.step is not None]
+
+    return update_summary(run, merge)
+
+
+def update_summary(run: Path | str, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Change what RUN/summary.json holds; one process at a time: evaluations may end while a training does."""
+    path = Path(run) / SUMMARY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{SUMMARY}.lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        summary = _read_summary(path)
+        change(summary)
+        _replace(path, json.dumps(summary, indent=2) + "\n")
     return path
 
 

@@ -24,6 +24,7 @@ import torch
 from submitit.core.utils import UncompletedJobError
 
 from launch.config import RunConfig
+from launch.log_files import Tail
 from launch.train import ROOT, run
 from vjepa.train.metrics import ProgressDisplay
 
@@ -64,10 +65,15 @@ def die_with(owner: int) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+def num_processes(config: RunConfig) -> int:
+    """Ranks of a local run."""
+    return max(1, torch.cuda.device_count()) if config.train.device != "cpu" else 1
+
+
 def run_locally(config: RunConfig, *, resume: bool) -> int:
     """Run one process per GPU (one on a CPU), stream their log, and return the run's exit status."""
     run_dir = Path(config.run_dir)
-    processes = max(1, torch.cuda.device_count()) if config.train.device != "cpu" else 1
+    processes = num_processes(config)
     # submitit names its files by process id, which a container hands out again: a folder for each start.
     executor = submitit.LocalExecutor(folder=run_dir / "job" / time.strftime("%Y%m%d-%H%M%S"))
     executor.update_parameters(
@@ -144,7 +150,7 @@ def _follow(job: Any, run_dir: Path, config: RunConfig) -> None:
     display = None
     if sys.stdout.isatty():
         display = ProgressDisplay(config.train.steps, 0, title=f"{config.recipe}/{config.stage}")
-    lines, rows = _Tail(Path(job.paths.stdout)), _Tail(run_dir / "metrics.jsonl")
+    lines, rows = Tail(Path(job.paths.stdout)), Tail(run_dir / "metrics.jsonl")
     rows.skip()
     is_over = False
     while not is_over:
@@ -159,30 +165,6 @@ def _follow(job: Any, run_dir: Path, config: RunConfig) -> None:
                 display.update(json.loads(line))
     if display:
         display.close()
-
-
-class _Tail:
-    """Complete lines that were added to a file since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._position, self._rest = path, 0, b""
-
-    def skip(self) -> None:
-        """Begin at the file's end."""
-        self._position = self.path.stat().st_size if self.path.exists() else 0
-
-    def read(self, is_last: bool) -> list[str]:
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            if self.path.stat().st_size < self._position:  # cut back by a resume
-                self._position, self._rest = self.path.stat().st_size, b""
-            file.seek(self._position)
-            text = self._rest + file.read()
-            self._position = file.tell()
-        lines = text.split(b"\n")
-        self._rest = b"" if is_last else lines.pop()
-        return [line.decode(errors="replace") for line in lines if line]
 
 
 def _status(job: Any, processes: int, received: list[int]) -> int:

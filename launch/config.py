@@ -22,10 +22,11 @@ from vjepa.train.config import TrainConfig
 RECIPES = Path(__file__).parent / "recipes"
 MAKERS = ("none", "debug", "digits", "real")  # of data, see launch/prepare.py
 ALIASES = {"vitg16": "vit_giant", "vitG16": "vit_gigantic", "vitl16": "vit_large"}  # command line only
-PLANNED_STAGES = ("cooldown", "distill", "evals")
+PLANNED_STAGES = ("cooldown", "distill")
 # What may change between the segments of one run: nothing that alters numbers.
 FREE_ON_RESUME = (
     "run_dir",
+    "in_chain",
     "check_memory",
     "report",
     "evals",
@@ -74,6 +75,7 @@ class RunConfig:
     run_dir: str = "runs/${recipe}"  # where everything about the run goes
     prepare: dict[str, str] = field(default_factory=dict)  # SOURCE: who makes its shards where there are none yet
     init_from: str | None = None  # new run from the weights of a run, an exported folder or a released .pt file
+    in_chain: bool = False  # one training of several: the summary of all lies in the folder above
     check_memory: bool = True  # refuse to start on a GPU whose memory the plan exceeds (see --dry-run)
     report: bool = False  # write RUN/report/index.html at the end
     evals: dict[str, SuiteConfig | None] = field(default_factory=dict)  # SUITE for launch.evaluate; null drops one
@@ -149,17 +151,26 @@ class RunConfig:
                     f"data.video.clip.{name}={count} must be a multiple of model.tubelet_size={encoder.tubelet_size}"
                 )
 
+    def summary_folder(self, run_dir: Path | str | None = None) -> Path:
+        """Where summary.json lies: in the run's folder (`run_dir` where it has moved), or in its chain's."""
+        folder = Path(self.run_dir if run_dir is None else run_dir)
+        return folder.resolve().parent if self.in_chain else folder
+
     def suites(self) -> dict[str, SuiteConfig]:
         """What `python -m launch.evaluate` asks the frozen encoder."""
         return {name: settings for name, settings in self.evals.items() if settings is not None}
+
+    def missing_modalities(self) -> dict[str, int]:
+        """Those that are trained on and have no data, with their batches."""
+        batch = self.train.batch.as_dict()
+        return {str(modality): size for modality, size in batch.items() if modality not in self.data.modalities()}
 
     def missing_sources(self) -> list[str]:
         """What must be said about data before the run can start, one entry per modality without any."""
         return [
             f"train.batch.{modality}={size} but data.{modality}.sources is empty: add "
             f"data.{modality}.sources.NAME.path=SHARDS, or set train.batch.{modality}=0"
-            for modality, size in self.train.batch.as_dict().items()
-            if modality not in self.data.modalities()
+            for modality, size in self.missing_modalities().items()
         ]
 
 
@@ -184,10 +195,19 @@ def recipe_path(recipe: str, stage: str) -> Path:
 
 def load_config(recipe: str, stage: str, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> RunConfig:
     """The resolved configuration of a new run: recipe, then named options, then overrides."""
+    return to_object(merge(RunConfig, recipe_layers(recipe, stage, options), overrides))
+
+
+def recipe_layers(recipe: str, stage: str, options: Sequence[str] = ()) -> list[DictConfig]:
+    """What recipe and named options say, in the order in which they are merged."""
     recipe = ALIASES.get(recipe, recipe)
     layers = [read_recipe(recipe_path(recipe, stage)), *(read_recipe(option_path(name)) for name in options)]
-    named = OmegaConf.create({"recipe": recipe, "stage": stage})
-    return to_object(merge(RunConfig, [*layers, named], overrides))
+    return [*layers, OmegaConf.create({"recipe": recipe, "stage": stage})]
+
+
+def load_stored(path: Path) -> RunConfig:
+    """A resolved configuration as it was written down."""
+    return to_object(merge(RunConfig, [read_recipe(path)], []))
 
 
 def option_path(name: str) -> Path:

@@ -1,9 +1,11 @@
 """From finished runs to the table: the suites of their recipe on the frozen encoder, its references, and on the way.
 
-    python -m launch.evaluate RUN [RUN ...] [--jobs N]
+    python -m launch.evaluate RUN [RUN ...] [--jobs N] [--reuse]
+    python -m launch.evaluate RUN --step N             (one checkpoint, while the training may still go on)
 
-Rows go to RUN/evals/results.jsonl and RUN/summary.json of the first run, and into its report. Several runs are
-trainings of one recipe with different seeds: the table has their spread. Checkpoints that are there give the curve.
+Rows go to RUN/evals/results.jsonl and RUN/summary.json of the first run (in a chain: the chain's), and into its report.
+Several runs are trainings of one recipe with different seeds: the table has their spread. Checkpoints that are there
+give the curve; with --reuse those that were evaluated on the way are not evaluated again.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from evals.datasets import LabelledClips
 from evals.features import EncoderFeatures, FeatureSource, PixelFeatures, read_features
 from evals.labelled_suite import read_splits, run_suite
 from evals.protocol import RGB, RGB_DIFFERENCE, TRAINED, UNTRAINED, EvalConfig, Row
-from evals.results import RESULTS, print_curve, print_table, save
+from evals.results import RESULTS, append_results, merge_summary, print_curve, print_table, read_summary_rows
 from evals.suites import SUITES
 from evals.tasks import segmentation
 from evals.visualize import masks_figure
@@ -58,15 +60,22 @@ class Job:
         return f"{self.model}{of}" + ("" if self.step is None else f" at step {self.step}")
 
 
-def evaluate(runs: Sequence[Path], *, jobs: int = 1) -> list[Row]:
-    """All suites of the runs' recipe, `jobs` feature sets at a time; rows are saved with the first run and printed."""
+def evaluate(runs: Sequence[Path], *, jobs: int = 1, reuse: bool = False) -> list[Row]:
+    """All suites of the runs' recipe, `jobs` feature sets at a time; rows are saved with the first run and printed.
+
+    With `reuse`, checkpoints that were evaluated on the way are not evaluated again.
+    """
     configs = [read_config(run) for run in runs]
     _refuse_different(runs, configs)
     rows: list[Row] = []
     for suite, settings in configs[0].suites().items():
         begin = time.monotonic()
-        found = _run_all(list(_jobs(suite, runs, configs)), jobs)
-        save(runs[0], found)
+        known = _on_the_way(suite, runs, configs) if reuse else []
+        seeds = {run: config.train.seed for run, config in zip(runs, configs, strict=True)}
+        done = {(row.training_seed, row.step) for row in known}
+        found = _run_all([job for job in _jobs(suite, runs, configs) if (seeds[job.run], job.step) not in done], jobs)
+        _save(runs[0], configs[0], found)
+        found += known
         _picture(runs[0], configs[0], suite)
         train, test = _splits(suite, settings.data, *_cut(configs[0]))
         title = f"{suite}: probes on {len(train)} clips, {len(test)} test clips, {time.monotonic() - begin:.0f} s"
@@ -76,20 +85,31 @@ def evaluate(runs: Sequence[Path], *, jobs: int = 1) -> list[Row]:
     return rows
 
 
-def score_trained(run: Path) -> list[Row]:
-    """All suites of a finished run's recipe on its exported encoder, without references; the rows are saved with it."""
-    rows = [row for suite in read_config(run).suites() for row in _score(Job(run, suite, TRAINED))]
-    save(run, rows)
+def score_trained(run: Path, step: int | None = None) -> list[Row]:
+    """All suites of a run's recipe on its exported encoder, or on that of a checkpoint, without references.
+
+    The rows are saved with the run.
+    """
+    config = read_config(run, is_finished=step is None)
+    if step is not None and step not in dict(checkpoint.committed(RunDir(run).checkpoints)):
+        raise EvaluationError(f"{run} has no complete checkpoint of step {step}: see {RunDir(run).checkpoints}")
+    rows = [row for suite in config.suites() for row in _score(Job(run, suite, TRAINED, step))]
+    _save(run, config, rows)
     return rows
 
 
-def read_config(run: Path) -> RunConfig:
-    """The configuration of a finished run."""
+def _save(run: Path, config: RunConfig, rows: Sequence[Row]) -> None:
+    append_results(run, rows)
+    merge_summary(config.summary_folder(run), rows)
+
+
+def read_config(run: Path, *, is_finished: bool = True) -> RunConfig:
+    """The configuration of a run that is finished, unless that does not matter."""
     stored = RunDir(run).config
     if not stored.is_file():
         raise EvaluationError(f"{stored} does not exist: give the directory of a run")
     config = load_for_resume(stored, [])
-    if not (run / "exports" / config.stage / "config.json").is_file():
+    if is_finished and not (run / "exports" / config.stage / "config.json").is_file():
         raise EvaluationError(f"{run} has no exports/{config.stage}: train it to its end first (--resume)")
     if not config.suites():
         raise EvaluationError(
@@ -125,6 +145,18 @@ def _jobs(suite: str, runs: Sequence[Path], configs: Sequence[RunConfig]) -> Ite
                 yield Job(run, suite, TRAINED, step)
 
 
+def _on_the_way(suite: str, runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[Row]:
+    """The rows of checkpoints that were evaluated before the runs ended."""
+    tasks = [task.name for task in SUITES[suite].tasks]
+    return [
+        row
+        for run, config in zip(runs, configs, strict=True)
+        for row in read_summary_rows(config.summary_folder(run))
+        if (row.stage, row.training_seed) == (config.stage, config.train.seed) and row.step is not None
+        if any(row.task == task or row.task.startswith(f"{task}_") for task in tasks)
+    ]
+
+
 def _run_all(jobs: Sequence[Job], at_once: int) -> list[Row]:
     """The rows of all jobs, in the order of the table's columns."""
     scored: list[list[Row]] = []
@@ -144,7 +176,7 @@ def _announce(job: Job, rows: list[Row]) -> list[Row]:
 
 def _score(job: Job) -> list[Row]:
     """One job's rows; the labelled clips stay in the process for the next job."""
-    config = read_config(job.run)
+    config = read_config(job.run, is_finished=job.step is None)
     torch.set_num_threads(config.train.threads)
     settings = config.suites()[job.suite]
     train, test = _splits(job.suite, settings.data, *_cut(config))
@@ -213,13 +245,26 @@ def _picture(run: Path, config: RunConfig, name: str) -> None:
     figure.savefig(run / RESULTS.parent / f"{name}_predicted_masks.png")
 
 
+def _evaluate_on_the_way(runs: Sequence[Path], step: int) -> None:
+    """One checkpoint, with a line for every task."""
+    if len(runs) > 1:
+        raise EvaluationError("--step evaluates a checkpoint of one run: give one")
+    for row in score_trained(runs[0], step):
+        print(f"step {step}: {row.task} ({row.probe}, seed {row.seed}) {row.metric} {row.value:.4f}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a finished run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="feature sets at a time (default: cores)")
+    parser.add_argument("--reuse", action="store_true", help="do not evaluate again what was evaluated on the way")
+    parser.add_argument("--step", type=int, help="evaluate this checkpoint of one run, which need not be finished")
     options = parser.parse_args(arguments)
     try:
-        evaluate(options.runs, jobs=options.jobs)
+        if options.step is not None:
+            _evaluate_on_the_way(options.runs, options.step)
+            return
+        evaluate(options.runs, jobs=options.jobs, reuse=options.reuse)
         print(f"report: {build_report(options.runs[0])}")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -16,8 +16,8 @@ SUBMIT = Path(__file__).parent / "submit.py"
 
 
 def training(*arguments: str) -> list[str]:
-    """The command of one training, which ends when this process is gone."""
-    return [sys.executable, str(SUBMIT), f"--owner={os.getpid()}", *arguments]
+    """The command of one training on this machine, which ends when this process is gone."""
+    return [sys.executable, str(SUBMIT), f"--owner={os.getpid()}", "--cluster=local", *arguments]
 
 
 class Trainings:

@@ -40,12 +40,15 @@ def read_run(run_dir: Path) -> Run:
     for path in (files.config, files.metrics):
         if not path.is_file():
             raise ReportError(f"{path} does not exist: give the directory of a run that has logged its first step")
+    config = load_for_resume(files.config, [])
+    summary = config.summary_folder(run_dir)
+    rows = read_summary_rows(summary)
     return Run(
         folder=run_dir,
-        config=load_for_resume(files.config, []),
+        config=config,
         rows=_read_rows(files.metrics),
-        evals=read_summary_rows(run_dir),
-        summary=_read_json(run_dir / "summary.json"),
+        evals=[row for row in rows if row.stage == config.stage] if config.in_chain else rows,
+        summary=_read_json(summary / "summary.json"),
         environment=_read_json(run_dir / "environment.json"),
     )
 

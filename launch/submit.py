@@ -1,7 +1,12 @@
-"""Start a run: here in the foreground, or (later) on SLURM.
+"""Start a run: here in the foreground, or on SLURM.
 
 python launch/submit.py --stage primary [--recipe NAME] [--cluster auto|local|slurm] [--option NAME] [--dry-run]
                         [--resume] [key=value ...]
+python launch/submit.py --stage primary --cluster slurm [--profile NAME|FILE] [--nodes N] [--time MIN] ... [--dry-run]
+                        [--resume] [key=value ...]
+python launch/submit.py --stage primary,cooldown,evals [--eval-every N] ... [key=value | STAGE.key=value ...]
+python launch/submit.py status|logs|cancel|resume RUN
+python launch/submit.py prepare TOOL --slices N [--jobs N] [--profile NAME|FILE] ... -- ARGUMENTS OF THE TOOL
 python launch/submit.py --recipe NAME --sweep KEY[=a,b,c | =LOW..HIGH] [--method bisect|grid|random] [--range LOW HIGH]
                         [--runs N] [--steps N] [--jobs N] [--score TASK] [--resume] run_dir=DIR [key=value ...]
 python launch/submit.py --recipe NAME --dry-run [--gpus N] [--card H100 | --gpu-memory GB] [--mfu 0.4]
@@ -13,6 +18,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Run by path, Python puts launch/ first on sys.path: put the checkout there instead.
@@ -20,36 +26,102 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of imports: end, without a traceback
 
+LOOKING = ("status", "logs", "cancel", "resume")
+if __name__ == "__main__" and sys.argv[1:2] and sys.argv[1] in LOOKING:  # before torch is imported: in a moment
+    from launch.watch import main as watch
+
+    raise SystemExit(watch(sys.argv[1:]))
+
+from launch import scheduler
+from launch.chain import ChainRequest, is_chain, plan_chain, read_stages, run_chain_locally
 from launch.cluster import die_with, run_locally
+from launch.cluster_profile import (
+    DEFAULT_PROFILE,
+    VARIABLE,
+    ClusterProfile,
+    add_profile_arguments,
+    data_overrides,
+    describe_profile,
+    load_profile,
+    named_profile,
+    profile_overrides,
+)
 from launch.config import RunConfig
+from launch.job_array import TOOLS, check_tool, submit_slices, submit_sweep
 from launch.plan import plan
 from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB
 from launch.report import build_report
+from launch.scheduler import SchedulerError
+from launch.slurm_chain import describe_jobs, submit_chain
+from launch.slurm_submit import dry_run as dry_run_slurm
+from launch.slurm_submit import refuse_queued, submit_stage
 from launch.sweep import add_sweep_arguments, read_sweep, refuse_without_sweep
 from launch.sweep_runs import dry_run as dry_run_sweep
 from launch.sweep_runs import run_sweep
 from launch.train import add_run_arguments, load
 from vjepa.config import ConfigError, config_hash, to_yaml
 from vjepa.objectives import build_objective
-from vjepa.train.run_dir import RunDir
+from vjepa.train.run_dir import RunDir, write_text
 
 DEFAULT_RECIPE = "demo"
+CLUSTER_RECIPE = "vit_gigantic"
 
 
-def choose_cluster(asked: str) -> str:
-    """Where to run, and one line that says why; SLURM is refused until it is built."""
-    if asked == "slurm":
+@dataclass(frozen=True)
+class Site:
+    """Where a run is to go, and why there."""
+
+    cluster: str  # local, slurm
+    why: str
+    profile_name: str = ""
+    profile: ClusterProfile = field(default_factory=ClusterProfile)
+
+    @property
+    def is_slurm(self) -> bool:
+        return self.cluster == "slurm"
+
+    @property
+    def world(self) -> int:
+        """Ranks that batches are checked for; a local run is checked again by its processes."""
+        return self.profile.world if self.is_slurm else 1
+
+
+def choose_site(arguments: argparse.Namespace) -> Site:
+    """This machine, or a cluster and what its profile and the flags say of it."""
+    name, named_by = named_profile(arguments.profile)
+    overrides = profile_overrides(arguments)
+    if arguments.cluster == "slurm":
+        why = "asked for; on this machine: --cluster local"
+    elif arguments.cluster == "auto" and name is not None and scheduler.is_there():
+        why = f"sbatch is on PATH and {named_by} names a cluster; on this machine: --cluster local"
+    else:
+        return Site("local", _why_local(arguments, name, overrides))
+    if name is None:
+        why += f"; no profile is named (--profile or ${VARIABLE})"
+    name = name or DEFAULT_PROFILE
+    return Site("slurm", why, Path(name).stem, load_profile(name, overrides))
+
+
+def _why_local(arguments: argparse.Namespace, profile: str | None, overrides: Sequence[str]) -> str:
+    """Also refuses what only a cluster understands."""
+    if overrides or arguments.profile is not None:
+        where = "--cluster local" if arguments.cluster == "local" else "there is no sbatch on PATH or no profile"
         raise ConfigError(
-            "--cluster slurm is not built yet: run `torchrun --nproc-per-node N -m launch.train ...` inside your own "
-            "sbatch script, or use --cluster local"
+            f"{where}, but {', '.join([*overrides, arguments.profile or ''])} is for a cluster: leave it out, or say "
+            "--cluster slurm"
         )
-    return "local"
+    if arguments.cluster == "local":
+        return "asked for"
+    missing = "there is no sbatch on PATH" if not scheduler.is_there() else f"neither --profile nor ${VARIABLE} is set"
+    return f"{missing}; on a cluster: --cluster slurm --profile NAME"
 
 
-def choose_recipe(asked: str | None) -> tuple[str, str]:
+def choose_recipe(asked: str | None, site: Site) -> tuple[str, str]:
     """The recipe, and why it."""
     if asked is not None:
         return asked, "asked for"
+    if site.profile.data:
+        return CLUSTER_RECIPE, "the default where a cluster profile names data; another: --recipe demo"
     return DEFAULT_RECIPE, "the default where no cluster profile names data; another: --recipe vit_gigantic"
 
 
@@ -67,13 +139,14 @@ def describe(config: RunConfig) -> str:
     return "\n".join([yaml.rstrip(), "", *lines])
 
 
-def dry_run(config: RunConfig, arguments: argparse.Namespace) -> int:
-    """Print configuration and plan; status 2 where the device shape asked for is too small."""
+def dry_run(config: RunConfig, arguments: argparse.Namespace, site: Site) -> int:
+    """Print configuration, plan and job script; status 2 where the devices are too small or SLURM cannot start it."""
     print(describe(config))
+    gpus = site.profile.gpus_per_node * site.profile.nodes if site.is_slurm else 0
     try:
         text, refusal = plan(
             config,
-            gpus=arguments.gpus,
+            gpus=arguments.gpus or gpus or None,
             card=arguments.card,
             gpu_memory=arguments.gpu_memory,
             mfu=arguments.mfu,
@@ -83,7 +156,8 @@ def dry_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     print(f"\n{text}" if text else "")
     if refusal is not None:
         print(f"error: {refusal}", file=sys.stderr)
-    return 2 if refusal is not None else 0
+    status = dry_run_slurm(config, site.profile, site.profile_name) if site.is_slurm else 0
+    return 2 if refusal is not None else status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,6 +168,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop"
     )
+    parser.add_argument(
+        "--eval-every", type=int, metavar="N", help="on SLURM: evaluate checkpoints every N steps, as jobs of their own"
+    )
+    add_profile_arguments(parser)
     add_sweep_arguments(parser)
     shape = parser.add_argument_group("device shape, for the plan of --dry-run; what cannot fit it is refused")
     shape.add_argument("--gpus", type=int, metavar="N", help="ranks of the run, one for each GPU")
@@ -105,12 +183,52 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sweep(arguments: argparse.Namespace) -> int:
+def sweep(arguments: argparse.Namespace, site: Site) -> int:
     """Several short runs in place of one."""
     asked = read_sweep(arguments)
     if arguments.dry_run:
         return dry_run_sweep(asked)
+    if site.is_slurm:
+        jobs = arguments.jobs or 1
+        print("\n".join(submit_sweep(asked, site.profile, site.profile_name, jobs=jobs, resume=arguments.resume)))
+        return 0
     return run_sweep(asked, jobs=arguments.jobs or 1, resume=arguments.resume)
+
+
+def prepare(words: Sequence[str]) -> int:
+    """A data preparation tool over its slices, as an array."""
+    found = argparse.ArgumentParser(prog="python launch/submit.py prepare", description=prepare.__doc__)
+    found.add_argument("tool", metavar="TOOL", help="; ".join(f"{name}: {text}" for name, text in TOOLS.items()))
+    found.add_argument("--slices", type=int, required=True, metavar="N", help="parts, each an element of the array")
+    found.add_argument("--jobs", type=int, metavar="N", help="elements at a time (default: all)")
+    found.add_argument("--cluster", choices=("slurm",), default="slurm", help="where to run")
+    add_profile_arguments(found)
+    cut = list(words).index("--") if "--" in words else len(words)
+    arguments, rest = found.parse_args(words[:cut]), words[cut + 1 :]
+    try:
+        out = check_tool(arguments.tool, rest, arguments.slices)
+        site = choose_site(arguments)
+        jobs = arguments.jobs or arguments.slices
+        named = (site.profile, site.profile_name)
+        lines = submit_slices(arguments.tool, rest, arguments.slices, *named, out=out, jobs=jobs)
+    except (ValueError, OSError, SchedulerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+def _load(arguments: argparse.Namespace, site: Site, *, is_recipe_asked: bool) -> RunConfig:
+    """The configuration, with the cluster's data where the recipe has none, checked for the ranks it will have."""
+    config = load(arguments, is_recipe_asked=is_recipe_asked)
+    if site.is_slurm:
+        additions = data_overrides(site.profile, config.missing_modalities())
+        if not Path(config.run_dir).is_absolute():  # a job's folder must not depend on where it is started from
+            additions.append(f"run_dir={Path(config.run_dir).resolve()}")
+        arguments.overrides += additions
+        config = load(arguments, is_recipe_asked=is_recipe_asked)
+    config.check(site.world, needs_sources=not arguments.dry_run)
+    return config
 
 
 def _open(run: RunDir, *, resume: bool) -> None:
@@ -120,35 +238,93 @@ def _open(run: RunDir, *, resume: bool) -> None:
     run.make()
 
 
+def chain(arguments: argparse.Namespace, site: Site) -> int:
+    """Several stages: here one after another, on SLURM as dependent jobs."""
+    if arguments.eval_every is not None and not site.is_slurm:
+        raise ConfigError("--eval-every is for --cluster slurm; here `evals` evaluates the checkpoints that were kept")
+    request = ChainRequest(
+        recipe=arguments.recipe,
+        stages=read_stages(arguments.stage),
+        options=tuple(arguments.option),
+        overrides=tuple(arguments.overrides),
+        eval_every=arguments.eval_every,
+    )
+    planned = plan_chain(
+        request,
+        resume=arguments.resume,
+        **({"world": lambda config: site.world} if site.is_slurm else {}),
+        more=lambda config: data_overrides(site.profile, config.missing_modalities()),
+        needs_sources=not arguments.dry_run,
+        is_absolute=site.is_slurm,
+    )
+    place = f"on SLURM, profile {site.profile_name}" if site.is_slurm else "on this machine"
+    print(f"recipe {arguments.recipe}, stages {arguments.stage} in {planned.root}, {place} ({site.why})", flush=True)
+    print("\n".join(planned.describe()), flush=True)
+    if arguments.dry_run:
+        return 0
+    if not site.is_slurm:
+        return run_chain_locally(planned)
+    print("\n".join(describe_jobs(submit_chain(planned, site.profile, site.profile_name))))
+    print(f"what is going on: python launch/submit.py status {planned.root}")
+    return 0
+
+
+def submit(config: RunConfig, site: Site) -> int:
+    """Queue the stage and say how to look after it."""
+    try:
+        refuse_queued(config.run_dir, config.stage)
+        done = submit_stage(config, site.profile, site.profile_name)
+    except (ValueError, OSError, SchedulerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_text(RunDir(config.run_dir).config, to_yaml(config))  # the run is taken: a second one is refused
+    print(f"job {done.job} is queued: {describe_profile(site.profile)}; script {done.order.file('sbatch')}")
+    return 0
+
+
+def run_here(config: RunConfig, *, resume: bool) -> int:
+    """Train in this machine's processes, in the foreground."""
+    status = run_locally(config, resume=resume)
+    if status == 0 and config.report:
+        print(f"report: {build_report(Path(config.run_dir))}")
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] and words[0] in LOOKING:
+        from launch.watch import main as watch
+
+        return watch(words)
+    if words[:1] == ["prepare"]:
+        return prepare(words[1:])
     arguments = parser().parse_intermixed_args(argv)
     try:
-        cluster = choose_cluster(arguments.cluster)
+        site = choose_site(arguments)
         asked = arguments.recipe
-        arguments.recipe, why = choose_recipe(asked)
+        arguments.recipe, why = choose_recipe(asked, site)
         if arguments.sweep:
             if arguments.owner is not None:
                 die_with(arguments.owner)
-            return sweep(arguments)
+            return sweep(arguments, site)
         refuse_without_sweep(arguments)
-        config = load(arguments, is_recipe_asked=asked is not None)
+        if is_chain(arguments.stage) or arguments.eval_every is not None:
+            return chain(arguments, site)
+        config = _load(arguments, site, is_recipe_asked=asked is not None)
         if config.recipe != arguments.recipe and asked is None:
             why = "the run's own"
-        config.check(needs_sources=not arguments.dry_run)
         if not arguments.dry_run:
             _open(RunDir(config.run_dir), resume=arguments.resume)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SchedulerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.owner is not None:
         die_with(arguments.owner)
-    print(f"recipe {config.recipe} ({why}), stage {config.stage}, on this machine ({cluster})", flush=True)
+    place = f"on SLURM, profile {site.profile_name}" if site.is_slurm else "on this machine"
+    print(f"recipe {config.recipe} ({why}), stage {config.stage}, {place} ({site.why})", flush=True)
     if arguments.dry_run:
-        return dry_run(config, arguments)
-    status = run_locally(config, resume=arguments.resume)
-    if status == 0 and config.report:
-        print(f"report: {build_report(Path(config.run_dir))}")
-    return status
+        return dry_run(config, arguments, site)
+    return submit(config, site) if site.is_slurm else run_here(config, resume=arguments.resume)
 
 
 if __name__ == "__main__":

@@ -6,35 +6,40 @@ torchrun --nproc-per-node 2 -m launch.train --recipe debug [--stage primary] [--
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from data_pipeline.figures import DataFigures
 from data_pipeline.loader import build_loader
+from evals.results import update_summary
 from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
 from launch.init_from import load_initial_weights
 from launch.plan import refuse_if_too_large
+from launch.preflight import PreflightError, check_all_reduce
 from launch.prepare import prepare_data
+from launch.segments import NoteKind
 from vjepa.batch import MicroBatch
 from vjepa.config import ConfigError, to_yaml
 from vjepa.masking.collate import MaskCollator
 from vjepa.objectives import JEPA, build_objective
 from vjepa.objectives.build import load_teacher
 from vjepa.objectives.checks import freeze_unused
+from vjepa.train.checkpoint import committed
 from vjepa.train.distributed import World, init_world, leave_process
 from vjepa.train.record import Interrupted
-from vjepa.train.run_dir import RunDir, write_text
+from vjepa.train.run_dir import RunDir, RunInUseError
 from vjepa.train.signals import StopFlag, StoppedEarly, catch_stop_signals
 from vjepa.train.trainer import Trainer
 
@@ -42,14 +47,17 @@ ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
-    """Run one stage on this rank, to its end or to an agreed stop."""
+def train(config: RunConfig, *, resume: bool, stop: StopFlag, store: Store | None = None) -> None:
+    """Run one stage on this rank, to its end or to an agreed stop; `store` is where a launcher has the ranks meet."""
     torch.set_num_threads(config.train.threads)
     timeout = timedelta(seconds=config.train.collective_timeout_s)
-    with init_world(config.train.device, timeout) as world, closing(RunDir(config.run_dir)) as run:
+    with init_world(config.train.device, timeout, store=store) as world, closing(RunDir(config.run_dir)) as run:
+        if store is not None:
+            say(world, check_all_reduce(world))
         num_micro_batches = config.check(world.size)
         world.on_main(lambda: _open_run(run, config, resume))
         world.on_main(lambda: check_memory(config, world))
+        is_new = world.on_main(lambda: not (resume and committed(run.checkpoints)))
         batch = config.train.batch.as_dict()
         objective = build_objective(
             config.objective, config.model, config.predictor, seed=config.train.seed, device="meta"
@@ -66,7 +74,7 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag) -> None:
             max_bad_fraction=config.data.max_bad_fraction,
             title=f"{config.recipe}/{config.stage}",
             config_hash=numbers_hash(config),
-            fill=lambda objective: _fill(config, objective, world, resume=resume),
+            fill=lambda objective: _fill(config, objective, world, is_new=is_new),
             data_counters=data_figures,
         )
         if resume:
@@ -85,11 +93,11 @@ def check_memory(config: RunConfig, world: World) -> None:
         refuse_if_too_large(config, world.size, memory)
 
 
-def _fill(config: RunConfig, objective: JEPA, world: World, *, resume: bool) -> None:
+def _fill(config: RunConfig, objective: JEPA, world: World, *, is_new: bool) -> None:
     """The values a run starts from: drawn from its seed, or those of `init_from`."""
     objective.initialise(seed=config.train.seed, weight_std=config.model.init_std)
     load_teacher(objective)
-    if config.init_from is not None and not resume:
+    if config.init_from is not None and is_new:
         say(world, f"starting from {load_initial_weights(objective, config.init_from, world)}")
 
 
@@ -144,21 +152,24 @@ def _batches(
 
 
 def _finish(config: RunConfig, run: RunDir, trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
-    """Export the target encoder and write the summary, once the last step is saved."""
+    """Export the target encoder and note the figures in the summary, once the last step is saved."""
     export_run(run.path, config, weights, steps=trainer.step)
-    summary = {
-        "recipe": config.recipe,
-        "stages": {
-            config.stage: {
-                "steps": trainer.step,
-                "seconds": round(trainer.seconds, 3),
-                "final_loss": trainer.recorder.final_loss,
-            }
-        },
-        "evals": [],
+    figures = {
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 3),
+        "final_loss": trainer.recorder.final_loss,
     }
-    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"done: {trainer.step} steps, final loss {trainer.recorder.final_loss:.4f}; {run.path}/summary.json")
+
+    def note(summary: dict[str, Any]) -> None:
+        before = dict(summary)  # other stages of a chain, evaluations of checkpoints
+        summary.clear()
+        summary["recipe"] = config.recipe
+        summary["stages"] = before.get("stages", {}) | {config.stage: figures}
+        summary["evals"] = before.get("evals", [])
+        summary |= {name: value for name, value in before.items() if name not in summary}
+
+    path = update_summary(config.summary_folder(run.path), note)
+    print(f"done: {trainer.step} steps, final loss {trainer.recorder.final_loss:.4f}; {path}")
 
 
 def _summary_line(
@@ -206,24 +217,48 @@ def load(arguments: argparse.Namespace, *, is_recipe_asked: bool = True) -> RunC
     return config
 
 
-def run(config: RunConfig, *, resume: bool) -> int:
+class Note(Protocol):
+    """Takes down how a rank has ended, for a launcher; `kind` as in launch/segments.py."""
+
+    def __call__(
+        self, kind: NoteKind, text: str, *, step: int | None = None, signum: int = 0, culprit: str | None = None
+    ) -> None: ...
+
+
+def no_note(kind: NoteKind, text: str, *, step: int | None = None, signum: int = 0, culprit: str | None = None) -> None:
+    """Nobody asks."""
+
+
+def run(config: RunConfig, *, resume: bool, store: Store | None = None, note: Note = no_note) -> int:
     """Train and turn what can go wrong into one line and an exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("submitit").setLevel(logging.WARNING)
     with catch_stop_signals() as stop:
         try:
-            train(config, resume=resume, stop=stop)
-        except Interrupted as interrupted:
-            print(interrupted, flush=True)
-            return 128 + interrupted.signum
-        except StoppedEarly as stopped:
+            train(config, resume=resume, stop=stop, store=store)
+        except (Interrupted, StoppedEarly) as stopped:
             print(stopped, flush=True)
+            step = stopped.step if isinstance(stopped, Interrupted) else None
+            note("interrupted", signal.Signals(stopped.signum).name, step=step, signum=stopped.signum)
             return 128 + stopped.signum
         except (ValueError, RuntimeError, OSError) as error:
             log.debug("", exc_info=True)
             print(f"error: {str(error).strip()} (run_dir={config.run_dir})", file=sys.stderr, flush=True)
+            note_error(note, error)
             return 1
+        note("done", f"{config.train.steps} steps", step=config.train.steps)
     return 0
+
+
+def note_error(note: Note, error: Exception) -> None:
+    """What a person must mend is refused; what may go better another time, or on another node, is not."""
+    text = f"{type(error).__name__}: {str(error).strip()}"
+    if isinstance(error, PreflightError):
+        note("preflight", str(error), culprit=error.culprit)
+    elif isinstance(error, ValueError) and not isinstance(error, RunInUseError):
+        note("refused", text)
+    else:
+        note("error", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

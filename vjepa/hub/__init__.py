@@ -3,7 +3,7 @@
 Loading is always strict: what is missing, unexpected or wrongly shaped is listed by name. Nothing is downloaded.
 """
 
-from vjepa.hub.folder import CONFIG, WEIGHTS, save_pretrained
+from vjepa.hub.folder import CONFIG, WEIGHTS, save_config, save_pretrained
 from vjepa.hub.hugging_face import import_hf
 from vjepa.hub.hugging_face_export import compare_with_transformers, export_hf
 from vjepa.hub.info import describe
@@ -29,5 +29,6 @@ __all__ = [
     "import_official",
     "load_strict",
     "predictor_from_pretrained",
+    "save_config",
     "save_pretrained",
 ]

@@ -59,10 +59,10 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     rounding = None if dtype == "fp32" else rounding_difference(encoder, dtype)
     _save(encoder, folder / WEIGHTS, dtype)
-    config = {"format_version": FORMAT_VERSION, "encoder": asdict(encoder.config), "dtype": dtype, **(extra or {})}
+    told = {"dtype": dtype, **(extra or {})}
     if predictor is not None:
         _save(predictor, folder / PREDICTOR_WEIGHTS, dtype)
-        config["predictor"] = asdict(predictor.config)
+        told["predictor"] = asdict(predictor.config)
     trained_on = (extra or {}).get("pretraining", {})
     _write_json(folder / PREPROCESSOR, preprocessor(encoder.config, trained_on))
     card = model_card(
@@ -70,8 +70,15 @@ def save_pretrained(
         predictor=predictor, licence=licence,
     )  # fmt: skip
     write_atomically(folder / CARD, lambda path: path.write_text(card))
-    _write_json(folder / CONFIG, config)  # last: a folder that has it is whole
+    save_config(encoder.config, folder, extra=told)  # last: a folder that has it is whole
     return folder
+
+
+def save_config(config: EncoderConfig, folder: Path | str, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Write what `encoder_config` reads; a folder with nothing else says what shape its weights will have."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "encoder": asdict(config), **(extra or {})})
 
 
 def read_encoder(folder: Path, *, attention: BackendName = "auto") -> Encoder:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
@@ -116,15 +117,22 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @contextmanager
-def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> Iterator[World]:
-    """Join the ranks named by torchrun's or submitit's environment (RANK, WORLD_SIZE, LOCAL_RANK); leave at the end."""
+def init_world(device: str = "auto", timeout: timedelta = TIMEOUT, *, store: Store | None = None) -> Iterator[World]:
+    """Join the ranks named by torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK); leave at the end.
+
+    They meet at MASTER_ADDR and MASTER_PORT, or in the store that a launcher has connected them to.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = _device(device, local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     try:
         yield World(rank, size, place, timeout=timeout)
     finally:

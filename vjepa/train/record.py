@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}, saved: continue with --resume")
-        self.signum = signum
+        self.signum, self.step = signum, step
 
 
 @dataclass(frozen=True)

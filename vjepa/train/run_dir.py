@@ -27,6 +27,10 @@ class RunDirError(ValueError):
     """A run directory that must not be used as asked; the message says what to do."""
 
 
+class RunInUseError(RunDirError):
+    """A run directory that another process holds; it may be one that is about to end."""
+
+
 class RunDir:
     """One run's folder; the main rank alone locks it and writes to it."""
 
@@ -85,7 +89,7 @@ class RunDir:
                     self._lock.seek(0)
                     holder = self._lock.read().strip() or "unknown process"
                     self.close()
-                    raise RunDirError(
+                    raise RunInUseError(
                         f"{self.path} is in use by another process ({holder}): two processes must not train into one "
                         "run directory. Stop it first, or choose another run_dir=..."
                     ) from error
@@ -149,16 +153,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def environment(source_folder: Path) -> dict[str, Any]:
-    """Versions, devices and the git state of `source_folder`: what a result depends on besides its configuration."""
+    """Versions, devices and the git state of `source_folder`: what a result depends on besides its configuration.
+
+    A snapshot of a checkout has its state in source.json.
+    """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "cpu_count": os.cpu_count(),
-        "git_sha": _git(source_folder, "rev-parse", "HEAD"),
-        "git_diff": _git(source_folder, "diff", "HEAD"),
+        "source": str(source_folder),
+        **_source_state(source_folder),
     }
+
+
+def _source_state(folder: Path) -> dict[str, Any]:
+    if (folder / "source.json").is_file():
+        return json.loads((folder / "source.json").read_text())
+    return {"git_sha": _git(folder, "rev-parse", "HEAD"), "git_diff": _git(folder, "diff", "HEAD")}
 
 
 def _version(package: str) -> str | None:
