@@ -125,6 +125,7 @@ JobCompType=jobcomp/filetxt
 JobCompLoc=$DIR/log/jobcomp.txt
 $( for i in $(seq "$NODES"); do echo "NodeName=$(nodename $i) NodeHostname=$HOST NodeAddr=127.0.0.$((10+i)) Port=$((P_D+i-1)) CPUs=$CPUS RealMemory=$MEM Gres=gpu:$GPUS State=UNKNOWN"; done )
 PartitionName=low  Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=$GRACE OverSubscribe=NO
+PartitionName=low0 Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=0 OverSubscribe=NO
 PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF OverSubscribe=NO
 CONF
 }
