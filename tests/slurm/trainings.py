@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.segments import Segment, read_segments
+from launch.segments import Segment, read_begin, read_segments
 from launch.slurm_submit import read_jobs
 from launch.submit import main as submit
 from tests.slurm.conftest import wait_until
@@ -44,21 +44,24 @@ class Training:
         logs = [self.folder / "job" / f"{self.job}.out", *sorted((self.folder / "job" / self.job).glob("*.out"))]
         return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs if log.is_file())
 
-    def starts(self) -> int:
-        """How many times rank 0 has come to train."""
-        return self.said.count("resumed from step ")
+    def wait_for_steps(self, start: int, seconds: float = 300.0) -> None:
+        """Until the start numbered so (0: the first) has logged a step of its own."""
+        wait_until(lambda: self._has_stepped(start), lambda: f"no step of start {start}: {self.said}", seconds)
 
-    def wait_for_steps(self, start: int, seconds: float = 120.0) -> None:
-        """Until the start numbered so (0: the first) has logged a step."""
-        wait_until(lambda: self.starts() > start, lambda: f"no start {start}: {self.said}", seconds)
-        first = self.step
-        wait_until(lambda: self.step > first, lambda: f"no step after {first}: {self.said}", seconds)
+    def _has_stepped(self, start: int) -> bool:
+        begin, first_step = read_begin(self.folder / "job", self.job, start)
+        metrics = self.folder / "metrics.jsonl"
+        if begin is None or first_step is None or not metrics.is_file():
+            return False
+        return metrics.stat().st_mtime > begin and self.step > first_step  # a resume cuts the file back first
 
 
-def train(folder: Path, shards: Path, *arguments: str, partition: str = "low") -> Training:
+def train(
+    folder: Path, shards: Path, *arguments: str, partition: str = "low", profile: str = "private_test"
+) -> Training:
     """Submit a run through the command that people use."""
     sources = [f"data.{modality}.sources.debug.path={shards}" for modality in ("video", "image")]
-    cluster = ["--cluster", "slurm", "--profile", "private_test", "--partition", partition]
+    cluster = ["--cluster", "slurm", "--profile", profile, "--partition", partition]
     settings = [f"run_dir={folder}", "prepare.debug=none", "report=false", *sources, *arguments]
     assert submit(["--recipe", "debug", *cluster, *settings]) == 0
     return Training(folder, read_jobs(folder)[-1]["job"])
