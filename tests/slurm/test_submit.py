@@ -23,7 +23,8 @@ from launch.slurm_submit import dry_run, submit_stage
 from launch.snapshot import take_snapshot
 from tests.slurm.conftest import PrivateCluster, command, wait_until
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+PATIENCE_S = 300.0  # on a machine that others use too
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("--stage", "primary", "--recipe", "debug", "train.seed=3")
 SLURM = ("--cluster", "slurm", "--profile", "private_test")
@@ -112,7 +113,7 @@ def test_two_nodes_run_the_submitted_code_to_the_losses_of_one_process(
     assert f"job {run.job} is queued: 2 node(s), 4 rank(s); script {run.script}" in text
     assert f"job {run.job} of {run.path} is PENDING" in again
 
-    assert cluster.over(run.job) == ["COMPLETED"], run.log()
+    assert cluster.over(run.job, PATIENCE_S) == ["COMPLETED"], run.log()
     assert len(run.losses()) == 12
     assert run.losses() == pytest.approx(alone.losses(), abs=2e-6, rel=0)
     assert "4 rank(s) on cpu" in run.log()
@@ -121,7 +122,7 @@ def test_two_nodes_run_the_submitted_code_to_the_losses_of_one_process(
 
     monkeypatch.chdir(tmp_path)
     repeated = command("sbatch", "--parsable", run.script)
-    assert cluster.over(repeated) == ["COMPLETED"], run.log(repeated)
+    assert cluster.over(repeated, PATIENCE_S) == ["COMPLETED"], run.log(repeated)
     assert "resumed from step 12" in run.log(repeated)
 
 
@@ -131,14 +132,14 @@ def test_a_rank_that_dies_ends_the_job_in_seconds(cluster: PrivateCluster, tmp_p
     profile.write_text(f"extends: {CLUSTERS}/private_test.yaml\nmax_crashes: 1\nmax_restarts: 0\n")
     config = load_config("debug", "primary", [f"run_dir={run.path}", "train.steps=100000"])
     submit_stage(config, load_profile(str(profile)), "strict")
-    wait_until(lambda: len(run.rows()) > 2, "no steps", 120)
+    wait_until(lambda: len(run.rows()) > 2, "no steps", PATIENCE_S)
     ranks = ranks_of(run.job)
     assert set(ranks) == {0, 1, 2, 3}
     os.kill(ranks[3], signal.SIGKILL)
     began = time.monotonic()
     wait_until(lambda: not ranks_of(run.job), lambda: f"ranks {ranks_of(run.job)} of a dead job run on", 30)
     assert time.monotonic() - began < 15
-    assert cluster.over(run.job) == ["FAILED"]
+    assert cluster.over(run.job, PATIENCE_S) == ["FAILED"]
 
 
 def test_two_jobs_on_one_node_meet_beside_a_port_that_is_taken(cluster: PrivateCluster, tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_two_jobs_on_one_node_meet_beside_a_port_that_is_taken(cluster: PrivateC
     options = ("--parsable", "-w", node, "-n2", f"--export=ALL,PYTHONPATH={ROOT}", "-o", f"{tmp_path}/%j.log")
     with socket.create_server(("", 0)) as taken:
         jobs = [command("sbatch", *options, f"--wrap={wrap}") for _ in range(2)]
-        assert [cluster.over(job) for job in jobs] == [["COMPLETED"]] * 2
+        assert [cluster.over(job, PATIENCE_S) for job in jobs] == [["COMPLETED"]] * 2
         ports = {(tmp_path / f"{job}.0").read_text().split()[1] for job in jobs}
         assert len(ports | {str(taken.getsockname()[1])}) == 3
     assert all((tmp_path / f"{job}.1").read_text().split()[::2] == [job, "2"] for job in jobs)
@@ -170,7 +171,7 @@ def test_a_line_of_the_set_up_that_fails_ends_the_job_before_any_rank(cluster: P
     profile.write_text(f"extends: {CLUSTERS}/private_test.yaml\nsetup: [cd /no/such/folder]\n")
     config = load_config("debug", "primary", [f"run_dir={run.path}"])
     submit_stage(config, load_profile(str(profile)), "broken")
-    assert cluster.over(run.job) == ["FAILED"]
+    assert cluster.over(run.job, PATIENCE_S) == ["FAILED"]
     assert "/no/such/folder" in (run.path / "job" / f"{run.job}.out").read_text()
     assert not (run.path / "job" / run.job / f"{run.job}_0_log.out").exists()
 
