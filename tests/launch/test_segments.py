@@ -102,7 +102,7 @@ def test_a_user_signal_comes_from_slurm_alone() -> None:
 
 
 def test_ranks_that_their_watchdogs_ended_were_hung_and_the_silent_one_is_named() -> None:
-    said = dict.fromkeys((0, 1, 2), "no progress for 5.1 s in backward of step 7")
+    said: dict[int, str] = dict.fromkeys((0, 1, 2), "no progress for 5.1 s in backward of step 7")
     found = end(137, note(3, "error", "Connection closed by peer"), hung=said)
     assert (found.kind, found.culprit) == ("hung", "tn2")
     assert found.reason == (

@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline.prepare.synthetic import make_debug_shards
 from launch.cluster_profile import CLUSTERS
-from launch.segments import read_begin
+from launch.segments import newest_checkpoint, read_begin
 from tests.slurm.conftest import PrivateCluster, command, wait_until
 from tests.slurm.trainings import Training, train
 
@@ -84,14 +84,15 @@ def test_preempted_any_number_of_times_a_run_ends_as_if_undisturbed(
         assert [segment.kind for segment in run.segments] == ["interrupted"] * PREEMPTIONS + ["done"], run.said
         check_continuity(run)
         assert run.segments[0].last_step == 0
-        assert all(s.last_step > s.first_step for s in run.segments[1:])  # pyright: ignore[reportOptionalOperand]
+        assert all((s.last_step or 0) > (s.first_step or 0) for s in run.segments[1:])
         assert run.losses == undisturbed  # bit for bit: the rows hold the losses at full precision
         report(run)
 
 
 def report(run: Training) -> None:
     """The figures of launch/README.md: -s shows them."""
-    gaps = [after.begin - before.end for before, after in zip(run.segments, run.segments[1:], strict=False)]  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+    pairs = zip(run.segments, run.segments[1:], strict=False)
+    gaps = [(after.begin or 0.0) - (before.end or 0.0) for before, after in pairs]
     print(f"\n{run.folder.name}: seconds in the queue {[round(gap, 1) for gap in gaps]}")
     for segment in run.segments:
         print(f"  {segment.first_step} -> {segment.last_step}: {segment.reason}; {segment.decision}")
@@ -153,7 +154,7 @@ def test_a_run_survives_the_death_of_its_first_node(
     """The supervisor dies with it: SLURM requeues, the next start writes down what is known."""
     run = train(tmp_path / "run", shards, f"train.steps={STEPS}")
     run.wait_for_steps(0)
-    wait_until(lambda: run.step >= 5, "no checkpoint")
+    wait_until(lambda: newest_checkpoint(run.folder) >= 5, "no checkpoint", PATIENCE_S)
     dead = cluster.nodes[0]
     cluster.crash(dead)
     wait_until(lambda: cluster.states(run.job) == ["PENDING"], "the node's death was not noticed", 90.0)
