@@ -19,14 +19,17 @@ import pytest
 
 from launch.cluster_profile import CLUSTERS, load_profile
 from launch.config import load_config
-from launch.slurm_submit import dry_run, submit_stage
+from launch.slurm_submit import dry_run, refuse_queued, submit_stage
 from launch.snapshot import take_snapshot
+from launch.train import train
 from tests.slurm.conftest import PrivateCluster, command, wait_until
+from vjepa.config import ConfigError
+from vjepa.train.signals import StopFlag
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-PATIENCE_S = 300.0  # on a machine that others use too
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+PATIENCE_S = 600.0  # on a machine that others use too
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("--stage", "primary", "--recipe", "debug", "train.seed=3")
+SETTINGS = ("--stage", "primary", "--recipe", "debug", "train.seed=3", "train.steps=12")
 SLURM = ("--cluster", "slurm", "--profile", "private_test")
 
 
@@ -103,15 +106,15 @@ def test_two_nodes_run_the_submitted_code_to_the_losses_of_one_process(
     """Acceptance 1; the checkout is broken while the job waits, and its script is run again at the end."""
     run, alone, checkout = SubmittedRun(tmp_path / "run"), SubmittedRun(tmp_path / "alone"), tmp_path / "checkout"
     take_snapshot(checkout)
-    steps = (*SETTINGS, "train.steps=12")
     with nothing_starts():
-        text = submit(*steps, *SLURM, f"run_dir={run.path}", root=checkout)
-        again = submit(*steps, *SLURM, "--resume", f"run_dir={run.path}", root=checkout, status=2)
+        text = submit(*SETTINGS, *SLURM, f"run_dir={run.path}", root=checkout)
         (checkout / "launch" / "train.py").write_text("raise SystemExit('the edited code runs')\n")
-    submit(*steps, "--cluster", "local", f"run_dir={alone.path}")
+        with pytest.raises(ConfigError, match=f"job {run.job} of {run.path} is PENDING"):
+            refuse_queued(run.path, "primary")
     assert "on SLURM, profile private_test (asked for; on this machine: --cluster local)" in text.splitlines()[0]
     assert f"job {run.job} is queued: 2 node(s), 4 rank(s); script {run.script}" in text
-    assert f"job {run.job} of {run.path} is PENDING" in again
+    config = load_config("debug", "primary", [f"run_dir={alone.path}", *SETTINGS[4:]])
+    train(config, resume=False, stop=StopFlag())
 
     assert cluster.over(run.job, PATIENCE_S) == ["COMPLETED"], run.log()
     assert len(run.losses()) == 12

@@ -1,16 +1,37 @@
 #!/usr/bin/env bash
-# "Power off" one node of the private cluster: KILL its slurmd, its step daemons and all they started (by pid).
-#   crash-node.sh DIR NODE        bring it back: up.sh --dir DIR ...
+# "Power off" a node of the private cluster: kill its slurmd, the daemons of its job steps and all that they started.
+#   crash-node.sh DIR NODE        up.sh --dir DIR brings it back
 set -euo pipefail
-DIR="$(cd "$1" && pwd)"; N="$2"; P="$(cat "$DIR/run/slurmd.$N.pid")"
-grep -qz -- "$N" "/proc/$P/cmdline" || { echo "slurmd $N is not running" >&2; exit 1; }
-tree() { local c; for c in $(cat /proc/"$1"/task/*/children 2>/dev/null); do tree "$c"; done; echo "$1"; }
-VICTIMS="$P"
-for d in /proc/[0-9]*; do p="${d#/proc/}"
-  case "$( { tr '\0' ' ' < "$d/cmdline"; } 2>/dev/null)" in "slurmstepd: "*) ;; *) continue;; esac
-  t="$(tree "$p")"; mine=0
-  for c in $t; do { tr '\0' '\n' < "/proc/$c/environ"; } 2>/dev/null | grep -qx "SLURMD_NODENAME=$N" && { tr '\0' '\n' < "/proc/$c/environ"; } 2>/dev/null | grep -qx "SLURM_CONF=$DIR/conf/slurm.conf" && mine=1; done
-  [ $mine = 1 ] && VICTIMS="$VICTIMS $t"
+dir=$(cd "$1" && pwd) node=$2
+
+process_tree() {  # children first
+    local child
+    for child in $(cat "/proc/$1"/task/*/children 2>/dev/null); do process_tree "$child"; done
+    echo "$1"
+}
+
+environment_has() {  # PID NAME=VALUE
+    { tr '\0' '\n' <"/proc/$1/environ"; } 2>/dev/null | grep -qx -- "$2"
+}
+
+is_of_node() {  # any of the processes runs a job on the node, in this cluster
+    local process
+    for process in "$@"; do
+        environment_has "$process" "SLURMD_NODENAME=$node" &&
+            environment_has "$process" "SLURM_CONF=$dir/conf/slurm.conf" && return
+    done
+    return 1
+}
+
+daemon=$(cat "$dir/run/slurmd.$node.pid")
+grep -qz -- "$node" "/proc/$daemon/cmdline" || { echo "slurmd of $node is not running" >&2; exit 1; }
+victims=("$daemon")
+for folder in /proc/[0-9]*; do
+    case "$({ tr '\0' ' ' <"$folder/cmdline"; } 2>/dev/null)" in
+        "slurmstepd: "*) mapfile -t step < <(process_tree "${folder#/proc/}") ;;
+        *) continue ;;
+    esac
+    if is_of_node "${step[@]}"; then victims+=("${step[@]}"); fi
 done
-kill -KILL $VICTIMS 2>/dev/null || true
-echo "crashed $N: $VICTIMS" | tr '\n' ' '; echo
+kill -KILL "${victims[@]}" 2>/dev/null || true
+echo "crashed $node: ${victims[*]}"
