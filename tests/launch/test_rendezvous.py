@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from launch.rendezvous import Place, RendezvousError, meet, nodes_of_ranks, task_counts
 
@@ -17,7 +17,7 @@ def place(rank: int, size: int, *, job: str = "7", restart: int = 0) -> Place:
     return Place(job=job, restart=restart, rank=rank, size=size, local_rank=rank, node="localhost")
 
 
-def gather(folder: Path, places: list[Place], *, seconds: float = 20.0) -> list[Future[dist.Store | None]]:
+def gather(folder: Path, places: list[Place], *, seconds: float = 20.0) -> list[Future[Store | None]]:
     """Each place in a thread of its own; all have ended."""
     with ThreadPoolExecutor(len(places)) as threads:
         return [threads.submit(meet, folder, each, seconds=seconds) for each in places]
