@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from launch.rendezvous import Place, RendezvousError, meet, nodes_of_ranks, task_counts
 
