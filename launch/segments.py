@@ -8,6 +8,7 @@ The standard library alone: the supervisor has a second.
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import time
@@ -159,13 +160,19 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def hung_ranks(run_dir: Path, since: float) -> dict[int, str]:
-    """What the watchdogs of ranks last said of hanging since then: rank -> "no progress for 5 s in forward of ..."."""
-    found = {}
+    """What the watchdogs of ranks first said of hanging since then: rank -> "no progress for 5 s in forward of ...".
+
+    A rank that was suspended says it when SLURM wakes it up to end it: only those are heard that spoke before the
+    first one gave up, whose line is its second.
+    """
+    lines: dict[int, list[tuple[float, str]]] = {}
     for path in _entries(run_dir / "stacks"):
         for when, rank, text in HUNG.findall(path.read_text(errors="replace")):
-            if time.mktime(time.strptime(when, "%Y-%m-%d %H:%M:%S")) >= since - 1:
-                found[int(rank)] = text
-    return found
+            at = time.mktime(time.strptime(when, "%Y-%m-%d %H:%M:%S"))
+            if at >= since - 1:
+                lines.setdefault(int(rank), []).append((at, text))
+    given_up = min((of_rank[1][0] for of_rank in lines.values() if len(of_rank) > 1), default=math.inf)
+    return {rank: of_rank[0][1] for rank, of_rank in lines.items() if of_rank[0][0] < given_up}
 
 
 # -------------------------------------------------------------------------------------------------------------- policy
@@ -198,8 +205,8 @@ def judge(
         return _of_preflight(of_kind["preflight"], places)
     if by_slurm := _interruption(status, outcomes, silent, of_kind["error"], is_preempted=is_preempted):
         return by_slurm
-    if said := {rank: hung[rank] for rank in silent if rank in hung}:
-        return _of_hang(said, places)
+    if any(rank in hung for rank in silent):
+        return _of_hang(hung, places)
     return _of_failure(status, of_kind["error"], silent, places)
 
 

@@ -207,4 +207,9 @@ def test_only_hangs_of_this_segment_are_read_from_the_stacks(tmp_path: Path) -> 
     stamps = [time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now - age)) for age in (500, 1)]
     (tmp_path / "stacks/rank_1.txt").write_text(text.format(stamps[0], "9 s") + text.format(stamps[1], "5 s"))
     (tmp_path / "stacks/rank_0.txt").write_text(text.format(stamps[0], "9 s"))
+    later = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now + 9))
+    with (tmp_path / "stacks/rank_1.txt").open("a") as file:
+        file.write(text.format(later, "14 s"))  # gives up
+    woken = text.replace("rank 1 on", "rank 2 on").format(later, "14 s")
+    (tmp_path / "stacks/rank_2.txt").write_text(woken)
     assert hung_ranks(tmp_path, now - 100) == {1: "no progress for 5 s in forward of step 3"}

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from vjepa.batch import MicroBatch, Modality
 from vjepa.objectives.embeddings import StepEmbeddings
@@ -97,6 +98,7 @@ class Trainer:
         self.profiler = Profiler(config.profile, run.path, world.rank, world.device)
         self.saver = Saver(run.checkpoints, config.checkpoint, world)
         self._saved_step = 0
+        self._has_stepped = False  # since this process began
 
     # ----------------------------------------------------------------------------------------------------- the loop
 
@@ -143,6 +145,9 @@ class Trainer:
             self.recorder.message(f"profile: {path}")
         for index, (micro_batch, of_step) in enumerate(self._micro_batches(stream, record)):
             result = None  # let go of the last micro-batch's outputs before the next ones are made
+            if self.step and not self._has_stepped:
+                self._settle_buckets(micro_batch, of_step)
+            self._has_stepped = True
             result = self._forward_backward(micro_batch, of_step, is_last=index == self.num_micro_batches - 1)
             record.add(micro_batch, result.metrics, flops=self.objective.flops(micro_batch))
         assert result is not None
@@ -236,6 +241,22 @@ class Trainer:
             self._begin("backward")
             (result.loss / self.num_micro_batches).backward()
         return result
+
+    def _settle_buckets(self, micro_batch: MicroBatch, of_step: StepEmbeddings | None) -> None:
+        """Before the first step of a resumed run: one backward pass whose gradients are thrown away.
+
+        DistributedDataParallel lays its buckets out anew after its first backward pass. From three ranks on the layout
+        decides in which order gradients are added, so a resumed run must have the later one from its first step, as the
+        run that was not interrupted has it.
+        """
+        if not isinstance(self.module, DistributedDataParallel):
+            return
+        buffers = [(buffer, buffer.clone()) for buffer in self.objective.buffers()]
+        self._forward_backward(micro_batch, of_step, is_last=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     def _gradient_norm(self) -> Tensor:
         """Over all parameters, before clipping."""
