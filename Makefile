@@ -13,9 +13,6 @@ STAMP := $(VENV)/.setup-$(TORCH)
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-# Tests marked `slurm` need a cluster's own commands.
-MARKERS := $(if $(shell command -v sbatch),,-m "not slurm")
-
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -27,13 +24,11 @@ $(STAMP): pyproject.toml Makefile .ci/setup.sh
 demo: setup  ## train, evaluate, write runs/demo/report/index.html (SEEDS=3: three trainings)
 	$(PY) -m launch.demo --seeds $(or $(SEEDS),1)
 
-test: setup  ## run the tests (those marked slurm only where sbatch is there)
-	@$(PY) -m pytest --ignore=tests/benchmarks $(MARKERS)
+test: setup  ## run the tests, but those on SLURM that wait for time limits, preemption and dead nodes
+	@$(PY) -m pytest --ignore=tests/benchmarks -m "not slurm_long"
 
-test-slurm: setup  ## run the tests that need a SLURM cluster
-	@command -v sbatch >/dev/null || { echo "test-slurm: nothing was tested: there is no sbatch on PATH, and this" \
-		"checkout cannot start a private cluster of its own yet"; exit 1; }
-	@$(PY) -m pytest -m slurm
+test-slurm: setup  ## run every test on a private SLURM cluster, started here; without its programs it fails
+	@SLURM_REQUIRED=1 $(PY) -m pytest -m slurm
 
 lint: setup  ## ruff check, ruff format --check, pyright
 	@$(VENV)/bin/ruff check .

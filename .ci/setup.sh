@@ -59,6 +59,20 @@ apt_install() {
     rm -f "$log"
 }
 
+# Debian starts a service at its installation unless this file says no; one that a person wrote is left alone.
+apt_install_without_services() {
+    local policy=/usr/sbin/policy-rc.d status=0
+    if [ -e "$policy" ]; then
+        apt_install "$@"
+        return
+    fi
+    printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+    as_root chmod 755 "$policy"
+    apt_install "$@" || status=$?
+    as_root rm -f "$policy"
+    return "$status"
+}
+
 install_ffmpeg() {
     command -v ffmpeg >/dev/null && return
     if command -v apt-get >/dev/null && as_root true 2>/dev/null; then
@@ -86,6 +100,21 @@ install_nginx() {
     say "MISSING nginx, which could not be had from here -> the tests that read shards over HTTP are skipped"
 }
 
+# For the tests on a private SLURM cluster. No service is started: tests start their own, in a folder of their own.
+install_slurm() {
+    local packages=(slurmctld slurmd slurm-client munge slurmdbd slurm-wlm-mysql-plugin mariadb-server-core
+        mariadb-client-core)
+    local states
+    states=$(dpkg-query --show --showformat '${db:Status-Status}\n' "${packages[@]}" 2>&1 || true)
+    [ "$(echo "$states" | sort -u)" = installed ] && return
+    if command -v apt-get >/dev/null && as_root true 2>/dev/null; then
+        say "SLURM for the tests, through apt"
+        apt_install_without_services "${packages[@]}" && return
+    fi
+    say "MISSING SLURM (${packages[*]}), which could not be installed from here (apt as root is needed)" \
+        "-> the tests marked slurm are skipped, and 'make test-slurm' fails"
+}
+
 check_decoder() {
     local why
     why=$("$venv/bin/python" -c 'import torchcodec.decoders' 2>&1) && return
@@ -106,6 +135,7 @@ rm -f "$venv"/.setup-*
 install_packages
 install_ffmpeg
 install_nginx
+install_slurm
 check_decoder
 check_pyright
 touch "$stamp"

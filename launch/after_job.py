@@ -51,6 +51,7 @@ class Situation:
     nodes: list[str]
     state: str
     is_preempted: bool
+    down: list[str]  # of its nodes
 
     @classmethod
     def now(cls) -> Situation:
@@ -58,12 +59,12 @@ class Situation:
         job = os.environ["SLURM_JOB_ID"]
         try:
             nodes = scheduler.host_names(os.environ["SLURM_JOB_NODELIST"])
-            told = scheduler.describe(job)
+            told, down = scheduler.describe(job), scheduler.down_nodes(nodes)
         except SchedulerError as error:
             say(str(error))
-            nodes, told = [os.environ.get("SLURMD_NODENAME", "?")], {}
+            nodes, told, down = [os.environ.get("SLURMD_NODENAME", "?")], {}, []
         state = told.get("JobState", "UNKNOWN")
-        return cls(job, restart_count(), nodes, state, state == "PREEMPTED" or _is_preempted(told))
+        return cls(job, restart_count(), nodes, state, state not in RUNNING or _is_preempted(told), down)
 
     @property
     def is_ours_to_decide(self) -> bool:
@@ -83,7 +84,7 @@ def look(order: JobOrder, status: int, situation: Situation) -> tuple[Ended, Seg
     outcomes = _wait_for_notes(order, status, situation)
     begin, first_step = read_begin(order.folder, job, restart)
     hung = hung_ranks(Path(order.run_dir), begin or 0.0)
-    ended = judge(status, outcomes, places, hung=hung, is_preempted=situation.is_preempted)
+    ended = judge(status, outcomes, places, hung=hung, is_preempted=situation.is_preempted, down=situation.down)
     segment = Segment(
         job=job,
         restart=restart,

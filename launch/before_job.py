@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from launch import scheduler
 from launch.job_order import JobOrder, restart_count
 from launch.segments import Segment, append_segment, newest_checkpoint, read_begin, read_segments, write_begin
+
+T = TypeVar("T")
 
 
 def note_lost(order: JobOrder, job: str, restart: int) -> None:
     """A line for every earlier start of this job that has none."""
     known = {segment.restart for segment in read_segments(order.folder, job)}
     missing = [number for number in range(restart) if number not in known]
-    accounts = _accounts(job) if missing else []
+    accounts = asked(lambda: scheduler.accounting([job])) if missing else []
     for number in missing:
         account = accounts[number] if number < len(accounts) else None
         append_segment(order.folder, _lost(order, job, number, account))
@@ -28,8 +31,8 @@ def note_lost(order: JobOrder, job: str, restart: int) -> None:
 
 def _lost(order: JobOrder, job: str, restart: int, account: scheduler.Segment | None) -> Segment:
     begin, first_step = read_begin(order.folder, job, restart)
-    nodes = scheduler.host_names(account.nodes) if account is not None else []
-    dead = _down_nodes(nodes)
+    nodes = asked(lambda: scheduler.host_names(account.nodes)) if account is not None else []
+    dead = asked(lambda: scheduler.down_nodes(nodes))
     said = "no word of it" if account is None else account.state
     return Segment(
         job=job,
@@ -50,25 +53,13 @@ def _lost(order: JobOrder, job: str, restart: int, account: scheduler.Segment | 
     )
 
 
-def _accounts(job: str) -> list[scheduler.Segment]:
-    """What the accounting knows of the job's starts; nothing where there is no accounting."""
+def asked(question: Callable[[], list[T]]) -> list[T]:
+    """SLURM's answer, or nothing where it has none: what is only for the record must not keep a job from starting."""
     try:
-        return scheduler.accounting([job])
+        return question()
     except scheduler.SchedulerError as error:
         print(f"before_job: {error}", file=sys.stderr)
         return []
-
-
-def _down_nodes(nodes: Sequence[str]) -> list[str]:
-    """Those that SLURM cannot reach now."""
-    if not nodes:
-        return []
-    try:
-        text = scheduler.ask("sinfo", "-h", "-N", "-n", ",".join(nodes), "-t", "down,no_respond,fail", "-o", "%N")
-    except scheduler.SchedulerError as error:
-        print(f"before_job: {error}", file=sys.stderr)
-        return []
-    return sorted(set(text.split()))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -96,6 +96,14 @@ def host_names(nodes: str) -> list[str]:
     return ask("scontrol", "show", "hostnames", nodes).split()
 
 
+def down_nodes(nodes: Sequence[str]) -> list[str]:
+    """Those that SLURM cannot reach now."""
+    if not nodes:
+        return []
+    states = "down,no_respond,fail"
+    return sorted(set(ask("sinfo", "-h", "-N", "-n", ",".join(nodes), "-t", states, "-o", "%N").split()))
+
+
 def cancel(jobs: Sequence[str]) -> None:
     if jobs:
         ask("scancel", *jobs)

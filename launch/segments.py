@@ -178,9 +178,11 @@ def judge(
     *,
     hung: Mapping[int, str],
     is_preempted: bool = False,
+    down: Sequence[str] = (),
 ) -> Ended:
     """How a segment ended: from srun's status, the ranks' notes, where every rank was, and who reported a hang.
 
+    `down` are the job's nodes that SLURM cannot reach any more; preempted is what SLURM is known to have ended itself.
     srun ends the other ranks with SIGTERM when one has failed: being interrupted by it says nothing while there is a
     failure. SIGUSR2 comes from SLURM alone.
     """
@@ -190,12 +192,14 @@ def judge(
         return Ended("refused", _words(of_kind["refused"][0]))
     if status == 0 or (not silent and all(outcome.kind == "done" for outcome in outcomes)):
         return Ended("done", "all ranks are done")
+    if down:
+        return Ended("lost", f"{', '.join(down)} went down", down[0] if len(down) == 1 else None)
     if of_kind["preflight"]:
         return _of_preflight(of_kind["preflight"], places)
     if by_slurm := _interruption(status, outcomes, silent, of_kind["error"], is_preempted=is_preempted):
         return by_slurm
     if said := {rank: hung[rank] for rank in silent if rank in hung}:
-        return _of_hang(said, silent, places)
+        return _of_hang(said, places)
     return _of_failure(status, of_kind["error"], silent, places)
 
 
@@ -208,12 +212,12 @@ def _interruption(
     if by_user_signal or noted:
         outcome = (by_user_signal or noted)[0]
         at = "" if outcome.step is None else f" at step {outcome.step}"
-        reason = f"{outcome.text}{at}" + (", preemption" if is_preempted else "")
+        reason = f"{outcome.text}{at}"
         has_failure = bool(silent) or any(not ECHOES.search(error.text) for error in errors)
         if by_user_signal or is_preempted or not (has_failure or errors):
             return Ended("interrupted", reason)
     if is_preempted:
-        return Ended("interrupted", "preemption")
+        return Ended("interrupted", "by SLURM, before the ranks could take signals")
     if not errors and status == 128 + signal.SIGUSR2:
         return Ended("interrupted", "SIGUSR2 before the ranks could take signals")
     return None
@@ -226,10 +230,10 @@ def _of_preflight(notes: Sequence[Outcome], places: Mapping[int, str]) -> Ended:
     return Ended("preflight", _words(notes[0]), culprits[0] if is_one else None)
 
 
-def _of_hang(said: Mapping[int, str], silent: Sequence[int], places: Mapping[int, str]) -> Ended:
+def _of_hang(said: Mapping[int, str], places: Mapping[int, str]) -> Ended:
     """The others wait for the rank that did not even say that it hangs."""
-    rank, text = next(iter(sorted(said.items())))
-    stopped = [rank for rank in silent if rank not in said]
+    rank, text = min(said.items())
+    stopped = [rank for rank in places if rank not in said]
     nodes = {places[rank] for rank in stopped}
     who = f"; nothing was heard of rank {', '.join(map(str, stopped))} on {', '.join(sorted(nodes))}" if stopped else ""
     return Ended("hung", f"rank {rank} on {places[rank]}: {text}{who}", nodes.pop() if len(nodes) == 1 else None)

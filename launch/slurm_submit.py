@@ -31,6 +31,10 @@ from launch.snapshot import ROOT, hash_code, snapshot_path, take_snapshot
 from vjepa.config import ConfigError, to_yaml
 
 FOLDER = "%j"  # under RUN/job: logs and pickles of one job
+CANNOT_START = (
+    "SLURM says that this request cannot start: it is more than the partition has, or nodes are down or drained now "
+    "(sinfo tells)"
+)
 AFTER_KILLED_S = 30  # that srun leaves the other ranks when one has ended
 
 
@@ -257,23 +261,30 @@ def refuse_queued(root: Path | str, stage: str) -> None:
 
 
 def dry_run(config: RunConfig, profile: ClusterProfile, profile_name: str) -> int:
-    """Print the script that would be submitted, and what SLURM says to it; status 2 where it can never start."""
+    """Print the script that would be submitted, and what SLURM says to it; status 2 where it cannot start."""
     order = plan_order(config, profile, profile_name)
     text = script_text(order, profile)
     print(f"\njob script, {order.file('sbatch')}:\n\n{text}")
     if not scheduler.is_there():
         print("sbatch is not on PATH: whether the request can start was not asked")
         return 0
-    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file, clean_environment():
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(text)
         file.flush()
-        can_start, words = scheduler.test_only(file.name)
+        problem = ask_scheduler(file.name)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if problem else 0
+
+
+def ask_scheduler(script: Path | str) -> str:
+    """Print what SLURM says to a script's request; what is wrong with it, or nothing."""
+    with clean_environment():
+        can_start, words = scheduler.test_only(script)
     print(f"sbatch --test-only: {words}", flush=True)
     if can_start is None:
         print("no controller answered: whether the request can start is not known")
-    if can_start is False:
-        print("error: SLURM says that this request cannot start: see the line above", file=sys.stderr)
-    return 2 if can_start is False else 0
+    return CANNOT_START if can_start is False else ""
 
 
 @contextmanager

@@ -53,8 +53,8 @@ from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB
 from launch.report import build_report
 from launch.scheduler import SchedulerError
 from launch.slurm_chain import describe_jobs, submit_chain
+from launch.slurm_submit import ask_scheduler, refuse_queued, submit_stage
 from launch.slurm_submit import dry_run as dry_run_slurm
-from launch.slurm_submit import refuse_queued, submit_stage
 from launch.sweep import add_sweep_arguments, read_sweep, refuse_without_sweep
 from launch.sweep_runs import dry_run as dry_run_sweep
 from launch.sweep_runs import run_sweep
@@ -95,25 +95,28 @@ def choose_site(arguments: argparse.Namespace) -> Site:
     elif arguments.cluster == "auto" and name is not None and scheduler.is_there():
         why = f"sbatch is on PATH and {named_by} names a cluster; on this machine: --cluster local"
     else:
-        return Site("local", _why_local(arguments, name, overrides))
+        return Site("local", _why_local(arguments.cluster, name, overrides))
     if name is None:
         why += f"; no profile is named (--profile or ${VARIABLE})"
     name = name or DEFAULT_PROFILE
     return Site("slurm", why, Path(name).stem, load_profile(name, overrides))
 
 
-def _why_local(arguments: argparse.Namespace, profile: str | None, overrides: Sequence[str]) -> str:
-    """Also refuses what only a cluster understands."""
-    if overrides or arguments.profile is not None:
-        where = "--cluster local" if arguments.cluster == "local" else "there is no sbatch on PATH or no profile"
+def _why_local(asked: str, profile: str | None, overrides: Sequence[str]) -> str:
+    """Why here; what only a cluster understands is refused."""
+    if asked == "local":
+        why = "asked for"
+    elif not scheduler.is_there():
+        why = "there is no sbatch on PATH"
+    else:
+        why = f"neither --profile nor ${VARIABLE} is set"
+    if overrides:
         raise ConfigError(
-            f"{where}, but {', '.join([*overrides, arguments.profile or ''])} is for a cluster: leave it out, or say "
+            f"the run is for this machine ({why}), and {', '.join(overrides)} is for a cluster: leave it out, or say "
             "--cluster slurm"
         )
-    if arguments.cluster == "local":
-        return "asked for"
-    missing = "there is no sbatch on PATH" if not scheduler.is_there() else f"neither --profile nor ${VARIABLE} is set"
-    return f"{missing}; on a cluster: --cluster slurm --profile NAME"
+    ignored = f"; profile {profile} is not used" if profile is not None else ""
+    return f"{why}{ignored}; on a cluster: --cluster slurm --profile NAME"
 
 
 def choose_recipe(asked: str | None, site: Site) -> tuple[str, str]:
@@ -218,7 +221,7 @@ def prepare(words: Sequence[str]) -> int:
     return 0
 
 
-def _load(arguments: argparse.Namespace, site: Site, *, is_recipe_asked: bool) -> RunConfig:
+def load_for(site: Site, arguments: argparse.Namespace, *, is_recipe_asked: bool) -> RunConfig:
     """The configuration, with the cluster's data where the recipe has none, checked for the ranks it will have."""
     config = load(arguments, is_recipe_asked=is_recipe_asked)
     if site.is_slurm:
@@ -278,6 +281,8 @@ def submit(config: RunConfig, site: Site) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_text(RunDir(config.run_dir).config, to_yaml(config))  # the run is taken: a second one is refused
+    if problem := ask_scheduler(done.order.file("sbatch")):
+        print(f"warning: job {done.job} waits, but {problem}", file=sys.stderr)
     print(f"job {done.job} is queued: {describe_profile(site.profile)}; script {done.order.file('sbatch')}")
     return 0
 
@@ -310,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_without_sweep(arguments)
         if is_chain(arguments.stage) or arguments.eval_every is not None:
             return chain(arguments, site)
-        config = _load(arguments, site, is_recipe_asked=asked is not None)
+        config = load_for(site, arguments, is_recipe_asked=asked is not None)
         if config.recipe != arguments.recipe and asked is None:
             why = "the run's own"
         if not arguments.dry_run:

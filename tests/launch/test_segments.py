@@ -102,13 +102,18 @@ def test_a_user_signal_comes_from_slurm_alone() -> None:
 
 
 def test_ranks_that_their_watchdogs_ended_were_hung_and_the_silent_one_is_named() -> None:
-    said = dict.fromkeys((0, 1, 2), "no progress for 5.1 s in backward of step 7")
-    found = end(137, hung=said)
+    said: dict[int, str] = dict.fromkeys((0, 1, 2), "no progress for 5.1 s in backward of step 7")
+    found = end(137, note(3, "error", "Connection closed by peer"), hung=said)
     assert (found.kind, found.culprit) == ("hung", "tn2")
     assert found.reason == (
         "rank 0 on tn1: no progress for 5.1 s in backward of step 7; nothing was heard of rank 3 on tn2"
     )
     assert end(75, hung=dict.fromkeys(PLACES, "no progress")).culprit is None
+
+
+def test_a_node_that_went_down_is_the_reason() -> None:
+    notes = [note(rank, "error", "Connection closed by peer") for rank in (0, 1)]
+    assert judge(137, notes, PLACES, hung={}, down=["tn2"]) == Ended("lost", "tn2 went down", "tn2")
 
 
 def test_preflight_names_the_one_node_at_fault_and_none_where_all_are() -> None:

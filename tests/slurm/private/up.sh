@@ -104,12 +104,12 @@ PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-# short timers (SlurmdTimeout=10: NODE_FAIL 25-31 s after a node dies; defaults: 300, KillWait 30, cred_expire 120)
+# short timers (SlurmdTimeout=10: NODE_FAIL 25-31 s after a node dies; defaults: 300, KillWait 30 (a busy machine needs more than 5 for a step and a save), cred_expire 120)
 SlurmctldTimeout=10
 SlurmdTimeout=10
 MessageTimeout=10
 InactiveLimit=0
-KillWait=5
+KillWait=15
 MinJobAge=600
 ReturnToService=2
 BatchStartTimeout=10
@@ -125,6 +125,7 @@ JobCompType=jobcomp/filetxt
 JobCompLoc=$DIR/log/jobcomp.txt
 $( for i in $(seq "$NODES"); do echo "NodeName=$(nodename $i) NodeHostname=$HOST NodeAddr=127.0.0.$((10+i)) Port=$((P_D+i-1)) CPUs=$CPUS RealMemory=$MEM Gres=gpu:$GPUS State=UNKNOWN"; done )
 PartitionName=low  Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=$GRACE OverSubscribe=NO
+PartitionName=low0 Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=0 OverSubscribe=NO
 PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF OverSubscribe=NO
 CONF
 }
