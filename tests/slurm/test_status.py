@@ -1,4 +1,4 @@
-"""What `submit.py status`, `cancel` and `resume` say of jobs on a real SLURM; the jobs are shells that train nothing."""
+"""What `submit.py status`, `cancel` and `resume` say of jobs on a real SLURM; jobs are shells that train nothing."""
 
 import json
 from pathlib import Path
