@@ -69,7 +69,9 @@ def test_a_request_that_can_never_start_is_explained(
     cluster: PrivateCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage(tmp_path, "primary", "#SBATCH --cpus-per-task=99\ntrue")
-    wait_until(lambda: "no node of its partition can ever give" in str(read_status(tmp_path).stages[0].notes), "no reason")
+    wait_until(
+        lambda: "no node of its partition can ever give" in str(read_status(tmp_path).stages[0].notes), "no reason"
+    )
     assert submit(["status", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"][0]["is_live"] is True
 
