@@ -1,4 +1,4 @@
-"""What `submit.py status`, `cancel` and `resume` say of jobs on a real SLURM; jobs are shells that train nothing."""
+"""What `submit.py status`, `cancel` and `resume` say of jobs on a real SLURM; the jobs train nothing."""
 
 import json
 from pathlib import Path
@@ -41,8 +41,8 @@ def test_a_failed_stage_leaves_the_next_ones_in_a_state_that_status_explains(
     assert states(tmp_path) == {"primary": "FAILED", "cooldown": "CANCELLED", "evals": "CANCELLED"}
     assert submit(["status", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert f"cooldown: never started: primary (job {first}) did not succeed failed" in text
-    assert f"evals: never started: cooldown (job {second}) did not succeed never started either" in text
+    assert f"cooldown: never started: primary (job {first}) failed. What to do: mend that" in text
+    assert f"evals: never started: cooldown (job {second}) never started either" in text
 
 
 def test_cancel_ends_the_whole_chain_and_resume_queues_it_again(
@@ -69,7 +69,9 @@ def test_a_request_that_can_never_start_is_explained(
     cluster: PrivateCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage(tmp_path, "primary", "#SBATCH --cpus-per-task=99\ntrue")
-    wait_until(lambda: "no node of its partition can give" in str(read_status(tmp_path).stages[0].notes), "no reason")
+    wait_until(
+        lambda: "no node of its partition can ever give" in str(read_status(tmp_path).stages[0].notes), "no reason"
+    )
     assert submit(["status", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"][0]["is_live"] is True
 
