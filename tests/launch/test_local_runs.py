@@ -46,7 +46,8 @@ def test_the_run_directory_holds_what_the_design_names(finished: tuple[Path, str
     assert {path.name for path in (finished[0] / "checkpoints").iterdir()} == {
         f"step_{step:08d}" for step in (5, 10, 15, 20)
     }
-    assert {path.name for path in (finished[0] / "exports/primary").iterdir()} == {"model.safetensors", "config.json"}
+    exported = {path.name for path in (finished[0] / "exports/primary").iterdir()}
+    assert exported == {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
 
 
 def test_the_summary_is_the_documented_one(finished: tuple[Path, str]) -> None:
