@@ -178,7 +178,8 @@ def _of_state(
         return _waiting(state.reason, row, before, start=state.start)
     if state.state in ("RUNNING", "COMPLETING", "CONFIGURING"):
         return [f"on {state.nodes} since {_clock(state.start)}, {state.time_left} left until its time limit"]
-    if state.state == "CANCELLED" and state.start in ("N/A", "") and not any(s.elapsed_s for s in segments):
+    # squeue gives the hour of the cancellation for a start that never was: nodes tell
+    if state.state == "CANCELLED" and not state.nodes and not any(s.elapsed_s for s in segments):
         by = segments[-1].state if segments else "CANCELLED"
         return _never_started(row, before, by, reason=state.reason)
     if state.state in GONE:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import pytest
 
@@ -106,16 +106,23 @@ class PrivateCluster:
         wait_until(lambda: not command("squeue", "-h", check=False), "jobs are left after scancel", 30.0)
 
 
+def _give_up(why: str) -> NoReturn:
+    text = f"no private SLURM: {why}"
+    pytest.fail(text) if os.environ.get("SLURM_REQUIRED") else pytest.skip(text)
+
+
 @pytest.fixture(scope="session")
 def running_cluster() -> Iterator[PrivateCluster]:
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     if missing := [name for name in PROGRAMS if not shutil.which(name)]:
-        text = f"no private SLURM: {', '.join(missing)} not installed (`make setup` as root installs them through apt)"
-        pytest.fail(text) if os.environ.get("SLURM_REQUIRED") else pytest.skip(text)
+        _give_up(f"{', '.join(missing)} not installed (`make setup` as root installs them through apt)")
     cluster = PrivateCluster(Path(tempfile.mkdtemp(prefix="slurm-")))
     before = os.environ.get("SLURM_CONF")
     try:
-        cluster.up()
+        try:
+            cluster.up()
+        except RuntimeError as error:
+            _give_up(str(error))
         os.environ |= cluster.environment
         yield cluster
     finally:
