@@ -47,7 +47,10 @@ def build_task(config: ProbeConfig, source: FeatureSource | AnticipationFeatures
     """The task of a recipe; DataMissing where its files are not there, ValueError where the source does not fit."""
     if config.is_anticipation:
         if not isinstance(source, AnticipationFeatures):
-            raise ValueError("ek100 needs an encoder and its predictor: only released .pt files hold both")
+            raise ValueError(
+                "ek100 needs an encoder and its predictor: released .pt files hold both, and so do folders written "
+                "with save_pretrained(encoder, folder, predictor=predictor)"
+            )
         return AnticipationTask.build(config, source)
     return ClassificationTask.build(config, cast(FeatureSource, source))
 
