@@ -77,7 +77,7 @@ def test_a_time_limit_that_is_none_is_refused() -> None:
         (["--profile", "private_test", "trian.steps=3"], ["trian"]),
         (["--profile", "private_test", "--nodes", "many"], ["nodes", "many"]),
         (["--profile", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
-        (["--profile", "private_test", "--stage", "cooldown"], ["no stage 'cooldown'"]),
+        (["--profile", "private_test", "--stage", "distill"], ["no stage 'distill'"]),
     ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(
