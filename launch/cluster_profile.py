@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from vjepa.config import ConfigError, read_recipe, resolve
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -178,7 +176,3 @@ def describe_profile(profile: ClusterProfile) -> str:
     """Its shape in words."""
     gpus = f" with {profile.gpus_per_node} GPUs each" if profile.gpus_per_node else ""
     return f"{profile.nodes} node(s){gpus}, {profile.world} rank(s)"
-
-
-def profile_yaml(profile: ClusterProfile) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(profile))
