@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.command_task import STEP_VARIABLE
-from launch.job_order import JobOrder
-from launch.resubmit import note_job_line, sbatch
+from launch.job_order import JobOrder, note_job, read_jobs
+from launch.resubmit import sbatch
 from launch.run_progress import checkpoints
 from launch.scheduler import SchedulerError
-from launch.status import read_jobs
 
 LOOK_EVERY_S = 2.0
 
@@ -32,7 +31,7 @@ def due(run_dir: Path, every: int, known: set[int]) -> list[int]:
 def submitted(order: JobOrder) -> set[int]:
     """Steps that have a job, of this start or of an earlier one."""
     stage = order.stage.removesuffix("-checkpoint")
-    rows = (row["stage"].partition("@") for row in read_jobs(Path(order.root)))
+    rows = (row["stage"].partition("@") for row in read_jobs(order.root))
     return {int(step) for name, _, step in rows if name == stage and step}
 
 
@@ -49,18 +48,8 @@ def submit(order: JobOrder, step: int) -> None:
     stage = order.stage.removesuffix("-checkpoint")
     name = f"--job-name={order.recipe}-{stage}@{step}"
     job = sbatch(order.file("sbatch"), name, variables={STEP_VARIABLE: str(step)})
-    row = {
-        "stage": f"{stage}@{step}",
-        "script": str(order.file("sbatch")),
-        "snapshot": order.snapshot,
-        "run_dir": order.run_dir,
-        "profile": order.profile,
-        "nodes": order.nodes,
-        "tasks_per_node": order.tasks_per_node,
-        "gpus_per_node": order.gpus_per_node,
-        "array": None,
-    }
-    note_job_line(Path(order.root), row, job, None)
+    row = order.row() | {"stage": f"{stage}@{step}"}
+    note_job(order.root, row, job, None)
     print(f"step {step}: job {job}", flush=True)
 
 

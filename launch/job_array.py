@@ -17,10 +17,10 @@ from pathlib import Path
 
 from launch.cluster_profile import ClusterProfile
 from launch.command_task import CommandTask
-from launch.job_order import JobOrder, write_whole
+from launch.job_order import JobOrder, note_job, write_whole
 from launch.prepare import prepare_data
 from launch.processes import Trainings
-from launch.resubmit import note_job_line, sbatch
+from launch.resubmit import sbatch
 from launch.search import SweepError, Trial, Values
 from launch.slurm_chain import Submission, processors, write_script
 from launch.sweep import Sweep, run_name
@@ -47,7 +47,7 @@ def submit_array(
     write_whole(script, array_script(name, folder, scripts))
     job = sbatch(script, f"--array={','.join(map(str, indices))}%{at_once}")
     row = _row(submission, name, script, profile) | {"array": len(scripts), "at_once": at_once}
-    note_job_line(submission.root, row, job, None)
+    note_job(submission.root, row, job, None)
     return job
 
 
@@ -99,7 +99,7 @@ def submit_last(
     behind = () if array is None else (f"--dependency={when}:{array}", "--kill-on-invalid-dep=yes")
     job = sbatch(order.file("sbatch"), *behind)
     row = _row(submission, order.stage, order.file("sbatch"), profile) | {"when": when}
-    note_job_line(submission.root, row, job, array)
+    note_job(submission.root, row, job, array)
     return job
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,20 @@ class JobOrder:
     def world(self) -> int:
         return self.nodes * self.tasks_per_node
 
+    def row(self) -> dict[str, Any]:
+        """What jobs.jsonl says of a job of this order."""
+        return {
+            "stage": self.stage,
+            "script": str(self.file("sbatch")),
+            "snapshot": self.snapshot,
+            "run_dir": self.run_dir,
+            "profile": self.profile,
+            "nodes": self.nodes,
+            "tasks_per_node": self.tasks_per_node,
+            "gpus_per_node": self.gpus_per_node,
+            "array": None,
+        }
+
     def write(self) -> None:
         write_whole(self.file("json"), json.dumps(asdict(self), indent=2) + "\n")
 
@@ -53,6 +70,19 @@ class JobOrder:
 
 def job_folder(root: Path | str) -> Path:
     return Path(root) / "job"
+
+
+def note_job(root: Path | str, row: Mapping[str, Any], job: str, after: str | None) -> None:
+    """One line of ROOT/job/jobs.jsonl, for `status` and everything that looks for a run's jobs."""
+    line = dict(row) | {"job": job, "after": after, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    with (job_folder(root) / "jobs.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_jobs(root: Path | str) -> list[dict[str, Any]]:
+    """The rows of ROOT/job/jobs.jsonl, oldest first; none for a local run."""
+    path = job_folder(root) / "jobs.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def write_whole(path: Path, text: str) -> None:

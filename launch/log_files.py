@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.status import read_jobs
+from launch.job_order import read_jobs
 
 POLL_S = 0.5
 

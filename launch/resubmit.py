@@ -6,15 +6,14 @@ The code, the configuration and the request stay those of the first submission. 
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch import scheduler
-from launch.status import live_jobs, read_jobs
+from launch.job_order import note_job, read_jobs
+from launch.status import live_jobs
 
 FOR_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -45,7 +44,7 @@ def resume(root: Path) -> list[str]:
             continue
         row = rows[-1]
         job = sbatch(Path(row["script"]), *_array(row, left), *_behind(row, after))
-        note_job_line(root, row, job, after)
+        note_job(root, row, job, after)
         behind = f", after job {after}" if after else ""
         lines.append(f"{stage} is queued as job {job}{behind} ({row['script']})")
         after = job
@@ -80,13 +79,6 @@ def _behind(row: Mapping[str, Any], after: str | None) -> list[str]:
     if after is None:
         return []
     return [f"--dependency={row.get('when', 'afterok')}:{after}", "--kill-on-invalid-dep=yes"]
-
-
-def note_job_line(root: Path, row: Mapping[str, Any], job: str, after: str | None) -> None:
-    """A job's line in jobs.jsonl."""
-    line = dict(row) | {"job": job, "after": after, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
-    with (root / "job" / "jobs.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def sbatch(script: Path, *options: str, variables: Mapping[str, str] | None = None) -> str:

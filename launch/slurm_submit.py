@@ -6,7 +6,6 @@ again. One script serves the first start and every restart: the ranks go on from
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -25,7 +24,7 @@ from submitit.helpers import clean_env
 from launch import scheduler
 from launch.cluster_profile import ClusterProfile
 from launch.config import RunConfig
-from launch.job_order import JobOrder, job_folder, write_whole
+from launch.job_order import JobOrder, job_folder, note_job, read_jobs, write_whole
 from launch.slurm_task import SlurmTask
 from launch.snapshot import ROOT, hash_code, snapshot_path, take_snapshot
 from vjepa.config import ConfigError, to_yaml
@@ -220,34 +219,8 @@ def submit_order(
         finally:
             for left in order.folder.glob(".submission_file_*.sh"):
                 left.unlink()
-    note_job(order, job, after)
+    note_job(order.root, order.row(), job, after)
     return Submitted(job, order)
-
-
-def note_job(order: JobOrder, job: str, after: str | None, array: int | None = None) -> None:
-    """One line of jobs.jsonl, for `status` and everything that looks for a run's jobs."""
-    row = {
-        "stage": order.stage,
-        "job": job,
-        "script": str(order.file("sbatch")),
-        "snapshot": order.snapshot,
-        "run_dir": order.run_dir,
-        "after": after,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "profile": order.profile,
-        "nodes": order.nodes,
-        "tasks_per_node": order.tasks_per_node,
-        "gpus_per_node": order.gpus_per_node,
-        "array": array,
-    }
-    with (order.folder / "jobs.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def read_jobs(root: Path | str) -> list[dict[str, Any]]:
-    """The rows of jobs.jsonl, oldest first; none where nothing was submitted."""
-    path = job_folder(root) / "jobs.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def refuse_queued(root: Path | str, stage: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import scheduler
+from launch.job_order import read_jobs
 from launch.job_words import duration, how_ended, why_pending
 from launch.run_progress import Progress, is_held, read_progress
 
@@ -77,12 +78,6 @@ def read_status(root: Path) -> RunStatus:
         found = _Job(row, states.get(row["job"], []), segments.get(row["job"], []), of_stage, records)
         stages.append(found.status(stages))
     return RunStatus(root, stages, notes)
-
-
-def read_jobs(root: Path) -> list[dict[str, Any]]:
-    """The rows of ROOT/job/jobs.jsonl, oldest first; none for a local run."""
-    path = root / "job" / "jobs.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def live_jobs(root: Path) -> list[scheduler.JobState]:

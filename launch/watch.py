@@ -23,12 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from launch import scheduler
+from launch.job_order import read_jobs
 from launch.job_words import duration
 from launch.log_files import follow, newest_log, print_log
 from launch.resubmit import resume
 from launch.run_progress import is_held
 from launch.scheduler import SchedulerError
-from launch.status import RunStatus, StageStatus, live_jobs, read_jobs, read_status
+from launch.status import RunStatus, StageStatus, live_jobs, read_status
 
 LOOK_EVERY_S = 5.0
 GOOD, BAD = ("COMPLETED", "RUNNING", "finished", "running"), ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.prepare.digits import DigitsConfig, make_digits
-from launch.slurm_submit import read_jobs
+from launch.job_order import read_jobs
 from launch.status import read_status
 from tests.slurm.conftest import PrivateCluster
 from tests.slurm.test_submit import submit

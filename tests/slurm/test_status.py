@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.resubmit import ResumeError, note_job_line, resume, sbatch
+from launch.job_order import note_job
+from launch.resubmit import ResumeError, resume, sbatch
 from launch.status import read_status
 from launch.submit import main as submit
 from tests.slurm.conftest import PrivateCluster, wait_until
@@ -22,7 +23,7 @@ def stage(root: Path, name: str, command: str, after: str | None = None) -> str:
     behind = [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
     job = sbatch(script, *behind)
     row = {"stage": name, "script": str(script), "run_dir": str(root), "array": None}
-    note_job_line(root, row, job, after)
+    note_job(root, row, job, after)
     return job
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.job_order import read_jobs
 from launch.segments import Segment, read_begin, read_segments
-from launch.slurm_submit import read_jobs
 from launch.submit import main as submit
 from tests.slurm.conftest import wait_until
 
