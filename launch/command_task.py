@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from launch.job_order import JobOrder
-from launch.slurm_task import SIGNALS, SlurmTask, leave
-from launch.snapshot import refuse_other_code
+from launch.slurm_task import REFUSED, SIGNALS, SlurmTask, leave
+from launch.snapshot import OtherCodeError, refuse_other_code
 
 STEP_VARIABLE = "VJEPA_STEP"
 """In a command, `{VJEPA_STEP}` is this variable of the job: one script serves the checkpoints of a training."""
@@ -33,7 +34,12 @@ class CommandTask(SlurmTask):
         for signum in SIGNALS:
             signal.signal(signum, self.leave_early)
         order = JobOrder.read(self.order)
-        refuse_other_code(order.snapshot)
+        try:
+            refuse_other_code(order.snapshot)
+        except OtherCodeError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            self.note("refused", str(error))
+            leave(REFUSED)
         for command in self.commands:
             if status := self._run(command):
                 self.note("error", f"status {status} of {' '.join(self._filled(command))}")

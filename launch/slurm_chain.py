@@ -144,7 +144,7 @@ def write_script(order: JobOrder, profile: ClusterProfile, task: CommandTask | S
 def describe_jobs(done: Sequence[Submitted]) -> list[str]:
     """A line for each job."""
     lines = []
-    for before, submitted in zip([None, *done], done, strict=False):
+    for before, submitted in zip([None, *done[:-1]], done, strict=True):
         behind = "" if before is None else f", after {before.order.stage} (job {before.job}) has succeeded"
         lines.append(f"job {submitted.job}: {submitted.order.stage}{behind}; {submitted.order.file('sbatch')}")
     return lines
