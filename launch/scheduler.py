@@ -85,15 +85,15 @@ def _segment(line: str) -> Segment:
     return Segment(job, state, int(elapsed or 0), amounts, start, end, nodes, exit_code)
 
 
-def describe(job: str) -> dict[str, str]:
-    """All that `scontrol show job` says, by SLURM's own names."""
-    words = ask("scontrol", "-o", "show", "job", _alone(job)).split()
+def describe(job: str, *, outside: bool = False) -> dict[str, str]:
+    """All that `scontrol show job` says, by SLURM's own names; `outside` as in `ask`."""
+    words = ask("scontrol", "-o", "show", "job", _alone(job), outside=outside).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def host_names(nodes: str) -> list[str]:
-    """tn[1-2] -> tn1, tn2."""
-    return ask("scontrol", "show", "hostnames", nodes).split()
+def host_names(nodes: str, *, outside: bool = False) -> list[str]:
+    """tn[1-2] -> tn1, tn2; `outside` as in `ask`."""
+    return ask("scontrol", "show", "hostnames", nodes, outside=outside).split()
 
 
 def down_nodes(nodes: Sequence[str]) -> list[str]:
@@ -111,7 +111,7 @@ def cancel(jobs: Sequence[str]) -> None:
 
 def requeue(job: str) -> None:
     """Put a running job back into the queue; safe inside that very job, whose end SLURM begins at once."""
-    _ask_outside("scontrol", "requeue", _alone(job))
+    ask("scontrol", "requeue", _alone(job), outside=True)
 
 
 def _alone(job: str) -> str:
@@ -124,11 +124,12 @@ def exclude(job: str, nodes: Sequence[str]) -> None:
 
     The job keeps its id, and so its dependants. Holding it first would be safer against a start in between, but a
     supervisor that is killed then would leave it held for ever; and while the supervisor lives the job cannot start.
+    SLURM is ending the supervisor's processes by now, the commands that it runs among them.
     """
-    excluded = describe(job).get("ExcNodeList", "(null)")
-    before = [] if excluded == "(null)" else host_names(excluded)
+    excluded = describe(job, outside=True).get("ExcNodeList", "(null)")
+    before = [] if excluded == "(null)" else host_names(excluded, outside=True)
     names = ",".join(dict.fromkeys([*before, *nodes]))
-    _ask_outside("scontrol", "update", f"JobId={_alone(job)}", f"ExcNodeList={names}")
+    ask("scontrol", "update", f"JobId={_alone(job)}", f"ExcNodeList={names}", outside=True)
 
 
 def test_only(script: Path | str) -> tuple[bool | None, str]:
@@ -141,17 +142,13 @@ def test_only(script: Path | str) -> tuple[bool | None, str]:
     return None if any(sign in text for sign in NO_ANSWER) else False, text
 
 
-def ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
-    """What one of SLURM's commands prints; SchedulerError where it fails."""
-    done = _run(command, environment=environment)
-    if done.returncode:
-        raise _error(command, done)
-    return done.stdout.strip()
+def ask(*command: str, environment: Mapping[str, str] | None = None, outside: bool = False) -> str:
+    """What one of SLURM's commands prints; SchedulerError where it fails.
 
-
-def _ask_outside(*command: str) -> str:
-    """As `ask`, by a process that outlives what SLURM does to the one that asks."""
-    done = _run(command, start_new_session=True, preexec_fn=_ignore_end)
+    `outside`: by a process that outlives what SLURM does to the one that asks.
+    """
+    options = {"start_new_session": True, "preexec_fn": _ignore_end} if outside else {}
+    done = _run(command, environment=environment, **options)
     if done.returncode:
         raise _error(command, done)
     return done.stdout.strip()

@@ -31,11 +31,11 @@ needs_torchcodec = pytest.mark.skipif(
 )
 
 
-def exceptions() -> set[tuple[str, str]]:
-    """(file, decoder) of the README's table of exceptions."""
+def exceptions() -> dict[tuple[str, str], str]:
+    """(file, decoder) of the README's table of exceptions, with the reason; "at times": it differs now and then."""
     table = README.read_text().split("### Where the decoders differ")[1].split("\n#")[0]
-    rows = re.findall(r"^\| `([^`]+)` \| ([a-z, ]+) \|", table, flags=re.MULTILINE)
-    return {(file, decoder) for file, decoders in rows for decoder in decoders.split(", ")}
+    rows = re.findall(r"^\| `([^`]+)` \| ([a-z, ]+) \| (.*) \|$", table, flags=re.MULTILINE)
+    return {(file, decoder): why for file, decoders, why in rows for decoder in decoders.split(", ")}
 
 
 def difference(data: bytes, times: np.ndarray, ours: torch.Tensor, backend: Backend) -> str | None:
@@ -66,6 +66,8 @@ def test_all_decoders_give_the_same_pixels_but_for_the_exceptions_in_the_readme(
         return
     for backend in OTHERS:
         found = difference(data, times, ours, backend)
+        if exceptions().get((file, backend), "").startswith("at times"):
+            continue
         is_known = (file, backend) in exceptions()
         assert (found is not None) == is_known, f"{backend}: {found or 'no longer differs: take it off the list'}"
 
