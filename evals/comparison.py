@@ -21,7 +21,7 @@ from evals.models import Model, Unsuited
 from evals.protocol import NotThere, Row
 from evals.published import published_for, published_table
 from evals.registry import Entrant, Evaluation
-from evals.results import RESULTS, ResultsError, ahead_of_trained, print_wide, results_table, save
+from evals.results import RESULTS, ResultsError, not_ahead_of_trained, print_wide, results_table, save
 from vjepa.train.distributed import ALONE, World
 
 
@@ -168,8 +168,8 @@ def print_comparison(found: Comparison, console: Console | None = None, *, title
     console = console or Console()
     if found.rows:
         print_wide(results_table(found.rows, title=title), console)
-        for model, tasks in ahead_of_trained(found.rows).items():
-            console.print(f"{model} is as good as trained or better in: {', '.join(tasks)}", soft_wrap=True)
+        for line in not_ahead_of_trained(found.rows):
+            console.print(line, soft_wrap=True)
     if figures := published_for(_tasks(found.rows)):
         print_wide(published_table(figures), console)
     for reason in found.unsuited:

@@ -130,8 +130,8 @@ def _one_each(by_training: Values) -> list[float]:
 
 
 def num_trainings(rows: Iterable[Row]) -> int:
-    """How many trainings the rows of the trained encoder come from."""
-    return len({row.training_seed for row in rows if row.model == TRAINED and row.step is None})
+    """How many trainings, of one stage, the rows come from."""
+    return len({row.training_seed for row in rows if row.training_seed is not None and row.step is None}) or 1
 
 
 def curve(rows: Sequence[Row]) -> dict[str, dict[int | None, list[float]]]:
@@ -161,24 +161,64 @@ def format_cell(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}{spread}"
 
 
-def ahead_of_trained(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Model -> the tasks in which its mean is as good as the trained encoder's or better."""
+def ahead_of(rows: Sequence[Row], measured: str = TRAINED) -> dict[str, list[str]]:
+    """Model -> the tasks in which its mean is as good as that of the model `measured` or better."""
     is_higher_better = {row.task: row.higher_is_better for row in rows}
     found: dict[str, list[str]] = {}
     for task, by_model in summarise(rows).items():
         sign = 1 if is_higher_better[task] else -1
         means = {model: sign * statistics.fmean(values) for model, values in by_model.items()}
         for model in means:
-            if model != TRAINED and TRAINED in means and means[model] >= means[TRAINED]:
+            if model != measured and measured in means and means[model] >= means[measured]:
                 found.setdefault(model, []).append(task)
     return found
+
+
+def beside_each_other(rows: Sequence[Row]) -> list[Row]:
+    """Rows of several stages for one table, without those of checkpoints.
+
+    Each stage's encoder gets its stage's name for a column, an untrained one of a later stage `untrained STAGE`.
+    """
+    rows = [row for row in rows if row.step is None]
+    first = rows[0].stage if rows else ""
+
+    def column(row: Row) -> str:
+        if row.model == TRAINED:
+            return row.stage
+        return f"{UNTRAINED} {row.stage}" if row.model == UNTRAINED and row.stage != first else row.model
+
+    return [replace(row, model=column(row)) for row in rows]
+
+
+def not_ahead(rows: Sequence[Row]) -> list[str]:
+    """A line for each stage and each of its rivals that it is not ahead of: the stage before it and the references."""
+    stages = list(dict.fromkeys(row.stage for row in rows))
+    table, lines = beside_each_other(rows), []
+    for before, stage in zip(["", *stages[:-1]], stages, strict=True):
+        rivals = {name: tasks for name, tasks in ahead_of(table, stage).items() if name == before or name not in stages}
+        lines += [
+            f"{name} is as good as {stage} or better in: {', '.join(tasks)}"
+            for name, tasks in rivals.items()
+            if not name.startswith(f"{UNTRAINED} ") or name == f"{UNTRAINED} {stage}"
+        ]
+    return lines
+
+
+def columns(rows: Iterable[Row]) -> list[str]:
+    """The models of a table: the trained one, those with names of their own as they come, the references."""
+    present = list(dict.fromkeys(row.model for row in rows))
+    named = [name for name in present if name not in MODELS]
+    return [
+        *(name for name in MODELS[:1] if name in present),
+        *named,
+        *(name for name in MODELS[1:] if name in present),
+    ]
 
 
 def results_table(rows: Sequence[Row], *, title: str = "") -> Table:
     """All rows: a line per task, in the order they were measured, and a column per model."""
     metrics = {row.task: row.metric for row in rows}
-    present = {row.model for row in rows}
-    models = [name for name in MODELS if name in present] + sorted(present - set(MODELS))
+    models = columns(rows)
     table = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left")
     for name in ("task", "metric"):
         table.add_column(name, no_wrap=True)
@@ -206,17 +246,22 @@ def curve_table(rows: Sequence[Row], *, total_steps: int, title: str = "") -> Ta
     return table
 
 
-def print_curve(rows: Sequence[Row], *, total_steps: int, console: Console | None = None) -> None:
-    """The table on the way through the training; nothing where no checkpoint was measured."""
-    table = curve_table(rows, total_steps=total_steps, title="The encoder on its way, by share of the training")
+def print_curve(rows: Sequence[Row], *, total_steps: int, of: str = "", console: Console | None = None) -> None:
+    """The table on the way through the training (`of` a stage); nothing where no checkpoint was measured."""
+    title = f"The encoder on its way{f' through {of}' if of else ''}, by share of the training"
+    table = curve_table(rows, total_steps=total_steps, title=title)
     if table.row_count:
         print_wide(table, console or Console())
 
 
 def print_table(rows: Sequence[Row], *, title: str = "", console: Console | None = None) -> None:
-    """Print the table and where the trained encoder is beaten; wider than a narrow terminal rather than cut short."""
+    """Print the table and where the trained encoder is beaten; wider than a narrow terminal rather than cut short.
+
+    Of several stages each is a column, beside the one before it.
+    """
     console = console or Console()
-    print_wide(results_table(rows, title=title), console)
+    is_chain = len({row.stage for row in rows}) > 1
+    print_wide(results_table(beside_each_other(rows) if is_chain else rows, title=title), console)
     trainings = num_trainings(rows)
     over = f"{trainings} trainings" if trainings > 1 else "the seeds of the probes, one training"
     console.print(
@@ -225,8 +270,14 @@ def print_table(rows: Sequence[Row], *, title: str = "", console: Console | None
     console.print(
         "rgb_difference: the same and the change inside each tubelet, a reference made by hand.", soft_wrap=True
     )
-    for model, tasks in ahead_of_trained(rows).items():
-        console.print(f"{model} is as good as trained or better in: {', '.join(tasks)}", soft_wrap=True)
+    for line in not_ahead(rows) if is_chain else not_ahead_of_trained(rows):
+        console.print(line, soft_wrap=True)
+
+
+def not_ahead_of_trained(rows: Sequence[Row]) -> list[str]:
+    """A line for each model that is as good as the trained one in something."""
+    found = ahead_of(rows).items()
+    return [f"{model} is as good as {TRAINED} or better in: {', '.join(tasks)}" for model, tasks in found]
 
 
 def print_wide(table: Table, console: Console) -> None:

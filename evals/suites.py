@@ -67,12 +67,12 @@ def _clip_tasks(name: str, label: str, classes: tuple[str, ...]) -> tuple[Task, 
     )
 
 
-MOTION = Suite(
-    "motion",
-    tasks=(
-        *_clip_tasks("motion", "direction", DIRECTIONS),
+def _digits_tasks(prefix: str = "") -> tuple[Task, ...]:
+    """All questions about a set of labelled digits; names begin with `prefix`."""
+    return (
+        *_clip_tasks(f"{prefix}motion", "direction", DIRECTIONS),
         Task(
-            "segmentation",
+            f"{prefix}segmentation",
             "segmentation",
             "layout",
             ("background", "static", "moving"),
@@ -80,7 +80,7 @@ MOTION = Suite(
             per_class=True,
         ),
         Task(
-            "direction_segmentation",
+            f"{prefix}direction_segmentation",
             "segmentation",
             "token_direction",
             ("rest", *DIRECTIONS),
@@ -88,16 +88,19 @@ MOTION = Suite(
             focus=Focus("moving", DIRECTIONS),
         ),
         Task(
-            "object_segmentation",
+            f"{prefix}object_segmentation",
             "segmentation",
             "object",
             ("background", "object"),
             "tokens",
             per_class=True,
         ),
-        *_clip_tasks("class", "digit", DIGITS),
-    ),
-    read_labels=digits_labels,
-)
+        *_clip_tasks(f"{prefix}class", "digit", DIGITS),
+    )
 
-SUITES = {suite.name: suite for suite in (MOTION,)}
+
+MOTION = Suite("motion", tasks=_digits_tasks(), read_labels=digits_labels)
+FINE_MOTION = Suite("fine_motion", tasks=_digits_tasks("fine_"), read_labels=digits_labels)
+"""The same of clips of more pixels and frames, such as a cooldown trains on."""
+
+SUITES = {suite.name: suite for suite in (MOTION, FINE_MOTION)}

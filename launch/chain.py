@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from evals.protocol import TRAINED
 from evals.results import SUMMARY, read_summary_rows
 from launch.cluster import num_processes, run_locally
-from launch.config import RunConfig, load_for_resume, recipe_layers
+from launch.config import RunConfig, SuiteConfig, load_for_resume, recipe_layers
 from launch.job_order import job_folder, write_whole
 from launch.processes import Trainings
-from launch.report import build_report
+from launch.report_single import build_report
 from vjepa.config import ConfigError, ModelConfig, merge, to_object
 from vjepa.hub import CONFIG, save_config
 from vjepa.registry import create_encoder
@@ -59,6 +59,11 @@ class ChainRequest:
             eval_every=stored["eval_every"],
         )
 
+    @classmethod
+    def is_in(cls, root: Path) -> bool:
+        """Whether a folder is that of a chain whose trainings lie in folders of their own."""
+        return (job_folder(root) / RECORD).is_file() and len(cls.read(root).trainings) > 1
+
     @property
     def trainings(self) -> tuple[str, ...]:
         return tuple(stage for stage in self.stages if stage != EVALS)
@@ -77,18 +82,18 @@ class Chain:
     def has_evals(self) -> bool:
         return EVALS in self.request.stages
 
-    def evaluations(self) -> dict[str, list[str]]:
-        """The command that evaluates each training which names suites."""
-        return {
-            stage: [sys.executable, "-m", "launch.evaluate", config.run_dir, "--reuse"]
-            for stage, config in self.configs.items()
-            if config.suites()
-        }
+    def suites(self) -> dict[str, SuiteConfig]:
+        """What any training names; all of them are asked all of it."""
+        return {name: settings for config in self.configs.values() for name, settings in config.suites().items()}
+
+    def evaluation(self) -> list[str]:
+        """The command that evaluates them all."""
+        return [sys.executable, "-m", "launch.evaluate", str(self.root), "--reuse"]
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage has left what the next ones need: an export and its figures, or the rows of all trainings."""
         if stage == EVALS:
-            return all(_is_evaluated(self.configs[training]) for training in self.evaluations())
+            return all(_is_evaluated(config) for config in self.configs.values())
         return is_finished(self.configs[stage])
 
     def describe(self) -> list[str]:
@@ -100,7 +105,7 @@ class Chain:
             taught = "" if teacher is None else ", its frozen teacher" if start else f", frozen teacher {teacher}"
             lines.append(f"  {stage}: {config.train.steps} steps in {config.run_dir}{start}{taught}")
         if self.has_evals:
-            lines.append(f"  {EVALS}: {', '.join(self.evaluations())}")
+            lines.append(f"  {EVALS}: {', '.join(self.suites())} of {', '.join(self.configs)}")
         return lines
 
 
@@ -322,15 +327,15 @@ def _check_stage(config: RunConfig, stand_ins: Mapping[Path, Path], world: int, 
 
 def _check_evals(chain: Chain) -> None:
     """Evaluations need suites, and their data now or made by a stage's `prepare`."""
-    if not chain.evaluations():
+    if not chain.suites():
         raise ConfigError(f"stage {EVALS}: no training names an evaluation: add evals.SUITE.data=FOLDER")
-    for stage in chain.evaluations():
-        config = chain.configs[stage]
+    made: set[Path] = set()
+    for config in chain.configs.values():
         sources = config.data.video.sources | config.data.image.sources
-        made = {Path(sources[name].path).parent for name in config.prepare if name in sources}
-        for suite, settings in config.suites().items():
-            if not Path(settings.data).is_dir() and Path(settings.data) not in made:
-                raise ConfigError(f"stage {EVALS}: evals.{suite}.data={settings.data} does not exist")
+        made |= {Path(sources[name].path).parent for name in config.prepare if name in sources}
+    for suite, settings in chain.suites().items():
+        if not Path(settings.data).is_dir() and Path(settings.data) not in made:
+            raise ConfigError(f"stage {EVALS}: evals.{suite}.data={settings.data} does not exist")
 
 
 # ------------------------------------------------------------------------------------------------------------- locally
@@ -364,7 +369,4 @@ def _train(config: RunConfig) -> int:
 
 def _evaluate(chain: Chain) -> int:
     with Trainings() as processes:
-        for stage, command in chain.evaluations().items():
-            if not _is_evaluated(chain.configs[stage]) and (status := processes.run(command)):
-                return status
-    return 0
+        return processes.run(chain.evaluation())

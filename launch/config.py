@@ -20,7 +20,7 @@ from vjepa.objectives.regularisers import InvarianceConfig, Regulariser
 from vjepa.train.config import TrainConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-MAKERS = ("none", "debug", "digits", "real")  # of data, see launch/prepare.py
+MAKERS = ("none", "debug", "digits", "fine_digits", "real")  # of data, see launch/prepare.py
 ALIASES = {"vitg16": "vit_giant", "vitG16": "vit_gigantic", "vitl16": "vit_large"}  # command line only
 PLANNED_STAGES = ("cooldown", "distill")
 # What may change between the segments of one run: nothing that alters numbers.
@@ -60,6 +60,7 @@ class SuiteConfig:
 
     data: str  # folder with a shard folder for each split of the suite
     seeds: int = 3  # times every probe is fitted
+    curve: bool = True  # of the checkpoints on the way too
 
     def __post_init__(self) -> None:
         if self.seeds < 1:

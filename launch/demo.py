@@ -1,8 +1,8 @@
-"""`make demo`: data, the primary stage, evaluations, report; with --seeds N, N trainings in one table.
+"""`make demo`: data, the stages of the demo's chain, their evaluations, report; with --seeds N, N chains in one table.
 
-    python -m launch.demo [--seeds N] [--run-dir runs/demo] [--jobs N] [key=value ...]
+    python -m launch.demo [--seeds N] [--run-dir runs/demo] [--jobs N] [key=value | STAGE.key=value ...]
 
-The first training lies in RUN_DIR, the others beside it as RUN_DIR-seed1, RUN_DIR-seed2, ... What lay there before is
+The first chain lies in RUN_DIR, the others beside it as RUN_DIR-seed1, RUN_DIR-seed2, ... What lay there before is
 moved aside, never removed. Nothing here that the commands it runs cannot do one by one.
 """
 
@@ -17,34 +17,36 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from launch.config import load_config
+from launch.chain import ChainRequest, plan_chain
 from launch.evaluate import evaluate
 from launch.prepare import prepare_data
 from launch.processes import Trainings, training
-from launch.report import build_report
+from launch.report import build_reports
 from vjepa.config import ConfigError
 
-RECIPE, STAGE = "demo", "primary"
+RECIPE = "demo"
+STAGES = ("primary", "cooldown", "distill")
 
 
 def run_demo(run_dir: Path, *, seeds: int, jobs: int, overrides: Sequence[str] = ()) -> int:
-    """All of it; 0, or the exit status of the first training that failed or was stopped."""
+    """All of it; 0, or the exit status of the first chain that failed or was stopped."""
     begin = time.monotonic()
-    config = load_config(RECIPE, STAGE, overrides)
     for field in ("run_dir", "train.seed", "report"):
         if any(override.startswith(f"{field}=") for override in overrides):
             raise ConfigError(f"the demo sets {field} itself: use --run-dir and --seeds")
     runs = [run_dir if seed == 0 else run_dir.with_name(f"{run_dir.name}-seed{seed}") for seed in range(seeds)]
     for run in runs:
         _move_aside(run)
-    prepare_data(config)
+    request = ChainRequest(RECIPE, STAGES, overrides=(*overrides, f"run_dir={run_dir}"))
+    for config in plan_chain(request, resume=False).configs.values():
+        prepare_data(config)  # once for all seeds
     took = {"data": time.monotonic() - begin}
     if status := _train(runs, jobs, overrides):
         return status
     took["training"] = time.monotonic() - begin - sum(took.values())
     evaluate(runs, jobs=jobs)
     took["evaluations"] = time.monotonic() - begin - sum(took.values())
-    print(f"report: {build_report(run_dir)}")
+    print(f"report: {build_reports(run_dir)}")
     took["report"] = time.monotonic() - begin - sum(took.values())
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items())
     print(f"demo: {time.monotonic() - begin:.0f} s in all ({parts})")
@@ -59,11 +61,11 @@ def _move_aside(run: Path) -> None:
 
 
 def _train(runs: Sequence[Path], jobs: int, overrides: Sequence[str]) -> int:
-    """One process for each training, `jobs` at a time; a failure or a signal ends those that run and starts no more."""
+    """One process for each chain, `jobs` at a time; a failure or a signal ends those that run and starts no more."""
 
     def train(seed: int) -> int:
         settings = [f"run_dir={runs[seed]}", f"train.seed={seed}", "report=false", *overrides]
-        command = training("--recipe", RECIPE, "--stage", STAGE, *settings)
+        command = training("--recipe", RECIPE, "--stage", ",".join(STAGES), *settings)
         status = trainings.run(command, prefix=f"seed {seed} | " if len(runs) > 1 else "")
         if status:
             trainings.stop(signal.SIGTERM)
@@ -75,7 +77,7 @@ def _train(runs: Sequence[Path], jobs: int, overrides: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=1, help="trainings, with seeds 0, 1, ... (default: 1)")
+    parser.add_argument("--seeds", type=int, default=1, help="chains, with seeds 0, 1, ... (default: 1)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (default: cores)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")

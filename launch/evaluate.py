@@ -3,9 +3,10 @@
     python -m launch.evaluate RUN [RUN ...] [--jobs N] [--reuse]
     python -m launch.evaluate RUN --step N             (one checkpoint, while the training may still go on)
 
-Rows go to RUN/evals/results.jsonl and RUN/summary.json of the first run (in a chain: the chain's), and into its report.
-Several runs are trainings of one recipe with different seeds: the table has their spread. Checkpoints that are there
-give the curve; with --reuse those that were evaluated on the way are not evaluated again.
+Rows go to RUN/evals/results.jsonl and RUN/summary.json of the first run (in a chain: the chain's), and into its
+report. Of a chain's folder all stages are evaluated, each beside the one before it. Several runs are trainings of one
+recipe with different seeds: the table has their spread. Checkpoints that are there give the curve; with --reuse those
+that were evaluated on the way are not evaluated again.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from evals.results import RESULTS, append_results, merge_summary, print_curve, p
 from evals.suites import SUITES
 from evals.tasks import segmentation
 from evals.visualize import masks_figure
+from launch.chain import ChainRequest
 from launch.config import RunConfig, SuiteConfig, load_for_resume, numbers_hash
-from launch.report import build_report
-from vjepa.config import build_models
+from launch.report import build_reports
+from vjepa.config import ModelConfig, build_models
 from vjepa.hub import from_pretrained
 from vjepa.nn.encoder import Encoder
 from vjepa.train import checkpoint
@@ -53,35 +55,78 @@ class Job:
     run: Path
     suite: str
     model: str
-    step: int | None = None
+    step: int | None
+    settings: SuiteConfig  # of the suite
 
     def __str__(self) -> str:
         of = "" if self.model in (RGB, RGB_DIFFERENCE) else f" of {self.run}"
         return f"{self.model}{of}" + ("" if self.step is None else f" at step {self.step}")
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Finished trainings of one stage, which differ in their seed alone."""
+
+    runs: Sequence[Path]
+    configs: Sequence[RunConfig]
+
+    @classmethod
+    def read(cls, runs: Sequence[Path]) -> Stage:
+        configs = [read_config(run) for run in runs]
+        _refuse_different(runs, configs)
+        return cls(runs, configs)
+
+    @property
+    def config(self) -> RunConfig:
+        """Of all, but for the seed."""
+        return self.configs[0]
+
+
 def evaluate(runs: Sequence[Path], *, jobs: int = 1, reuse: bool = False) -> list[Row]:
     """All suites of the runs' recipe, `jobs` feature sets at a time; rows are saved with the first run and printed.
 
-    With `reuse`, checkpoints that were evaluated on the way are not evaluated again.
+    Of a chain's folder all stages are asked whatever one of them names, and share a table. With `reuse`, checkpoints
+    that were evaluated on the way are not evaluated again.
     """
-    configs = [read_config(run) for run in runs]
-    _refuse_different(runs, configs)
-    rows: list[Row] = []
-    for suite, settings in configs[0].suites().items():
-        begin = time.monotonic()
-        known = _on_the_way(suite, runs, configs) if reuse else []
-        seeds = {run: config.train.seed for run, config in zip(runs, configs, strict=True)}
-        done = {(row.training_seed, row.step) for row in known}
-        found = _run_all([job for job in _jobs(suite, runs, configs) if (seeds[job.run], job.step) not in done], jobs)
-        _save(runs[0], configs[0], found)
-        found += known
-        _picture(runs[0], configs[0], suite)
-        train, test = _splits(suite, settings.data, *_cut(configs[0]))
-        title = f"{suite}: probes on {len(train)} clips, {len(test)} test clips, {time.monotonic() - begin:.0f} s"
-        print_table(found, title=title)
-        print_curve(found, total_steps=configs[0].train.steps)
-        rows += found
+    stages = [Stage.read(each) for each in _stages(runs)]
+    suites = {name: settings for stage in stages for name, settings in stage.config.suites().items()}
+    if not suites:
+        raise EvaluationError(
+            f"{', '.join(map(str, runs))}: no evaluation is named: add evals.SUITE.data=FOLDER to the config.yaml "
+            f"({', '.join(sorted(SUITES))})"
+        )
+    return [row for name, settings in suites.items() for row in _evaluate_suite(name, settings, stages, jobs, reuse)]
+
+
+def _stages(runs: Sequence[Path]) -> list[Sequence[Path]]:
+    """The runs of each stage: of chains those in their folders, else one stage."""
+    chains = [run for run in runs if ChainRequest.is_in(run)]
+    if not chains:
+        return [runs]
+    requests = [ChainRequest.read(run) for run in runs] if len(chains) == len(runs) else []
+    if len({request.trainings for request in requests}) != 1:
+        raise EvaluationError(
+            f"{', '.join(map(str, runs))}: these are not chains of the same stages: evaluate them apart"
+        )
+    return [[run / stage for run in runs] for stage in requests[0].trainings]
+
+
+def _evaluate_suite(suite: str, settings: SuiteConfig, stages: Sequence[Stage], at_once: int, reuse: bool) -> list[Row]:
+    """All stages in one table."""
+    begin = time.monotonic()
+    known = [row for stage in stages if reuse for row in _on_the_way(suite, stage)]
+    done = {(row.stage, row.training_seed, row.step) for row in known}
+    found = _run_all(list(_jobs(suite, settings, stages, done)), at_once)
+    for stage in stages:
+        _save(stage.runs[0], stage.config, [row for row in found if row.stage == stage.config.stage])
+        _picture(stage.runs[0], stage.config, suite, settings)
+    rows = [*found, *known]
+    train, test = _splits(suite, settings.data, *_cut(stages[0].config))
+    title = f"{suite}: probes on {len(train)} clips, {len(test)} test clips, {time.monotonic() - begin:.0f} s"
+    print_table(rows, title=title)
+    for stage in stages:
+        own = [row for row in rows if row.stage == stage.config.stage]
+        print_curve(own, total_steps=stage.config.train.steps, of=stage.config.stage if len(stages) > 1 else "")
     return rows
 
 
@@ -91,9 +136,13 @@ def score_trained(run: Path, step: int | None = None) -> list[Row]:
     The rows are saved with the run.
     """
     config = read_config(run, is_finished=step is None)
+    if not config.suites():
+        raise EvaluationError(f"{run} names no evaluation: add evals.SUITE.data=FOLDER to its config.yaml")
     if step is not None and step not in dict(checkpoint.committed(RunDir(run).checkpoints)):
         raise EvaluationError(f"{run} has no complete checkpoint of step {step}: see {RunDir(run).checkpoints}")
-    rows = [row for suite in config.suites() for row in _score(Job(run, suite, TRAINED, step))]
+    rows = [
+        row for suite, settings in config.suites().items() for row in _score(Job(run, suite, TRAINED, step, settings))
+    ]
     _save(run, config, rows)
     return rows
 
@@ -111,10 +160,6 @@ def read_config(run: Path, *, is_finished: bool = True) -> RunConfig:
     config = load_for_resume(stored, [])
     if is_finished and not (run / "exports" / config.stage / "config.json").is_file():
         raise EvaluationError(f"{run} has no exports/{config.stage}: train it to its end first (--resume)")
-    if not config.suites():
-        raise EvaluationError(
-            f"{stored} names no evaluation: add evals.SUITE.data=FOLDER ({', '.join(sorted(SUITES))})"
-        )
     return config
 
 
@@ -129,28 +174,47 @@ def _refuse_different(runs: Sequence[Path], configs: Sequence[RunConfig]) -> Non
 
 
 def _apart_from_seed(config: RunConfig) -> tuple[object, ...]:
-    """What trainings of one table have in common."""
-    return numbers_hash(replace(config, train=replace(config.train, seed=0))), config.evals
+    """What trainings of one table have in common; exports of its own chain are each training's own."""
+    own = f"{Path(config.run_dir).parent}/"
+
+    def within(path: str | None) -> str | None:
+        return path.removeprefix(own) if path is not None and config.in_chain else path
+
+    teacher = replace(config.objective.teacher, path=within(config.objective.teacher.path))
+    objective = replace(config.objective, teacher=teacher)
+    train = replace(config.train, seed=0)
+    alike = replace(config, train=train, objective=objective, init_from=within(config.init_from))
+    return numbers_hash(alike), config.evals
 
 
-def _jobs(suite: str, runs: Sequence[Path], configs: Sequence[RunConfig]) -> Iterator[Job]:
-    """Long ones first: the pixels, which no training changes, once; then every run's encoder, untrained to trained."""
-    yield Job(runs[0], suite, RGB_DIFFERENCE)
-    yield Job(runs[0], suite, RGB)
-    for run, config in zip(runs, configs, strict=True):
-        yield Job(run, suite, TRAINED)
-        yield Job(run, suite, UNTRAINED)
-        for step, _ in checkpoint.committed(RunDir(run).checkpoints):
-            if step < config.train.steps:
-                yield Job(run, suite, TRAINED, step)
+def _jobs(
+    suite: str, settings: SuiteConfig, stages: Sequence[Stage], done: set[tuple[str, int | None, int | None]]
+) -> Iterator[Job]:
+    """Long ones first: the pixels, which no training changes, once; then every run's encoder, untrained to trained.
+
+    An untrained encoder that two stages share is asked once.
+    """
+    yield Job(stages[0].runs[0], suite, RGB_DIFFERENCE, None, settings)
+    yield Job(stages[0].runs[0], suite, RGB, None, settings)
+    seen: list[tuple[int, ModelConfig]] = []
+    for stage in stages:
+        for run, config in zip(stage.runs, stage.configs, strict=True):
+            yield Job(run, suite, TRAINED, None, settings)
+            initial = (config.train.seed, config.model)
+            if initial not in seen:
+                seen.append(initial)
+                yield Job(run, suite, UNTRAINED, None, settings)
+            for step, _ in checkpoint.committed(RunDir(run).checkpoints) if settings.curve else ():
+                if step < config.train.steps and (config.stage, config.train.seed, step) not in done:
+                    yield Job(run, suite, TRAINED, step, settings)
 
 
-def _on_the_way(suite: str, runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[Row]:
+def _on_the_way(suite: str, stage: Stage) -> list[Row]:
     """The rows of checkpoints that were evaluated before the runs ended."""
     tasks = [task.name for task in SUITES[suite].tasks]
     return [
         row
-        for run, config in zip(runs, configs, strict=True)
+        for run, config in zip(stage.runs, stage.configs, strict=True)
         for row in read_summary_rows(config.summary_folder(run))
         if (row.stage, row.training_seed) == (config.stage, config.train.seed) and row.step is not None
         if any(row.task == task or row.task.startswith(f"{task}_") for task in tasks)
@@ -178,14 +242,13 @@ def _score(job: Job) -> list[Row]:
     """One job's rows; the labelled clips stay in the process for the next job."""
     config = read_config(job.run, is_finished=job.step is None)
     torch.set_num_threads(config.train.threads)
-    settings = config.suites()[job.suite]
-    train, test = _splits(job.suite, settings.data, *_cut(config))
+    train, test = _splits(job.suite, job.settings.data, *_cut(config))
     return run_suite(
         SUITES[job.suite],
         [_source(job, config)],
         train,
         test,
-        _eval_config(settings),
+        _eval_config(job.settings),
         stage=config.stage,
         step=job.step,
         training_seed=config.train.seed,
@@ -224,9 +287,9 @@ def _encoder(job: Job, config: RunConfig) -> Encoder:
     return encoder
 
 
-def _picture(run: Path, config: RunConfig, name: str) -> None:
+def _picture(run: Path, config: RunConfig, name: str, settings: SuiteConfig) -> None:
     """RUN/evals/SUITE_predicted_masks.png: what the segmentation probe says of a few test clips."""
-    suite, settings = SUITES[name], config.suites()[name]
+    suite = SUITES[name]
     task = next((task for task in suite.tasks if task.kind == "segmentation"), None)
     if task is None:
         return
@@ -238,7 +301,7 @@ def _picture(run: Path, config: RunConfig, name: str) -> None:
     )
     predicted = {}
     for model in (TRAINED, UNTRAINED, RGB):
-        source = _source(Job(run, name, model), config)
+        source = _source(Job(run, name, model, None, settings), config)
         fitted_on, asked = (read_features(source, part, ["tokens"]) for part in (train, shown))
         predicted[model] = segmentation.predict(task, fitted_on, asked, _eval_config(settings), seed=0)
     figure = masks_figure(shown.clips, shown.labels[task.label], predicted, task.classes)
@@ -265,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _evaluate_on_the_way(options.runs, options.step)
             return
         evaluate(options.runs, jobs=options.jobs, reuse=options.reuse)
-        print(f"report: {build_report(options.runs[0])}")
+        print(f"report: {build_reports(options.runs[0])}")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
 

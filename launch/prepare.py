@@ -6,11 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.prepare.digits import make_digits
+from data_pipeline.prepare.digits_scene import DigitsConfig
 from data_pipeline.prepare.ingest import IngestOptions, ingest
 from data_pipeline.prepare.synthetic import make_debug_shards
 from launch.config import RunConfig
 from launch.demo_inputs import collect
 from vjepa.config import ConfigError
+
+FINE_DIGITS = DigitsConfig(
+    train_clips=4096, size=48, frames=16, glyph_min=21.0, glyph_max=27.0, speed_min=0.6, speed_max=1.4
+)
 
 
 def prepare_data(config: RunConfig) -> None:
@@ -48,8 +53,15 @@ def make_labelled_digits(folder: Path) -> None:
     make_digits(folder.parent)
 
 
+def make_fine_digits(folder: Path) -> None:
+    """The same scenes for a cooldown: digits and frame half as large again in pixels, clips twice as long."""
+    print(f"demo data: drawing labelled digits of 48 pixels into {folder.parent}", flush=True)
+    make_digits(folder.parent, FINE_DIGITS)
+
+
 _MAKE: dict[str, Callable[[Path], object]] = {
     "debug": make_debug_shards,
     "digits": make_labelled_digits,
+    "fine_digits": make_fine_digits,
     "real": make_real_shards,
 }

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from evals.protocol import MODELS, Row
-from evals.results import ahead_of_trained, format_cell, num_trainings, summarise
+from evals.protocol import Row
+from evals.results import ahead_of, beside_each_other, columns, format_cell, not_ahead, num_trainings, summarise
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --soft: #5d6570; --line: #e3e6eb; --paper: #f6f7f9; --card: #fff;
@@ -109,8 +109,9 @@ def page(
 
     All text is escaped here.
     """
-    parts = [
-        f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>",
+    return document(
+        title,
+        subtitle,
         _tiles(tiles),
         _status(alarms),
         _evals(evals),
@@ -122,9 +123,29 @@ def page(
         *(_figure_section(name, figures) for name in ("throughput", "schedules")),
         _section("What it ran on", _table([], list(facts.items()))) if facts else "",
         _section("Configuration", f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>"),
-    ]
+    )
+
+
+def chain_page(
+    *, title: str, subtitle: str, stages: Sequence[Mapping[str, str]], links: Mapping[str, str], evals: Sequence[Row]
+) -> str:
+    """The page about a chain: its stages (a line each, with the same columns), the table of all, the stages' pages."""
+    names = list(stages[0]) if stages else []
+    pages = "".join(f'<li><a href="{escape(link)}">{escape(stage)}</a></li>' for stage, link in links.items())
+    return document(
+        title,
+        subtitle,
+        _section("Stages", f'<div class="wide">{_table(names, [list(each.values()) for each in stages])}</div>'),
+        _stages_beside_each_other(evals),
+        _section("Pages of the stages", f"<ul>{pages}</ul>") if links else "",
+    )
+
+
+def document(title: str, subtitle: str, *parts: str) -> str:
+    """A whole page of the parts that are not empty."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    body = "\n".join(part for part in parts if part)
+    header = f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>"
+    body = "\n".join(part for part in (header, *parts) if part)
     head = f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>'
     return f"{head}\n<body><main>\n{body}\n</main></body></html>\n"
 
@@ -196,31 +217,41 @@ def _evals(rows: Sequence[Row]) -> str:
     return _section("Evaluation", body, f"Probes on the frozen encoder and on its references. {REFERENCES}")
 
 
+def _stages_beside_each_other(rows: Sequence[Row]) -> str:
+    """One table of all stages, each beside the one before it, and what is not ahead of what."""
+    if not rows:
+        return _section("Evaluation", "", "The stages have not been evaluated: python -m launch.evaluate FOLDER")
+    table = beside_each_other(rows)
+    body = f"<p>Mean ± sample standard deviation {escape(_over(table))}. Bold: the best of a line.</p>{_results(table)}"
+    lead = f"Probes on the frozen encoder of each stage and on its references. {REFERENCES}"
+    return _section("Evaluation", body + _list(not_ahead(rows)), lead)
+
+
 def _caption(rows: Sequence[Row]) -> str:
+    """What the means and spreads of a table are, and its marks."""
+    return (
+        f"Mean ± sample standard deviation {_over(rows)}; a single value has no ±. Bold: the best of a line. Marked in "
+        "red: lines in which a reference is as good as the trained encoder or better."
+    )
+
+
+def _over(rows: Sequence[Row]) -> str:
     """Over what the means and spreads of a table are taken."""
     trainings = num_trainings(rows)
     if trainings < 2:
         over = f"over probe seeds {', '.join(map(str, sorted({row.seed for row in rows})))} of one training"
     else:
         over = f"over {trainings} trainings, for each of which the mean over its probe seeds is taken first"
-        seeds = {model: {row.training_seed for row in rows if row.model == model} for model in _models(rows)}
+        seeds = {model: {row.training_seed for row in rows if row.model == model} for model in columns(rows)}
         once = [model for model, found in seeds.items() if len(found) == 1]
         over += f" ({', '.join(once)}: over probe seeds, no training changes them)" if once else ""
-    return (
-        f"Mean ± sample standard deviation {over}; a single value has no ±. Bold: the best of a line. Marked in red: "
-        "lines in which a reference is as good as the trained encoder or better."
-    )
-
-
-def _models(rows: Sequence[Row]) -> list[str]:
-    present = {row.model for row in rows}
-    return [name for name in MODELS if name in present] + sorted(present - set(MODELS))
+    return over
 
 
 def _results(rows: Sequence[Row]) -> str:
     """A line per task, a column per model; what beats the trained encoder is named in its line."""
-    models, facts = _models(rows), {row.task: row for row in rows}
-    beaten = ahead_of_trained(rows)
+    models, facts = columns(rows), {row.task: row for row in rows}
+    beaten = ahead_of(rows)
     lines = [
         _result_line(facts[task], by_model, models, [model for model in models if task in beaten.get(model, [])])
         for task, by_model in summarise(rows).items()

@@ -101,8 +101,7 @@ def _submit_stage(chain: Chain, stage: str, submission: Submission, after: str |
         order = replace(submission.order(last, EVALS, is_command=True), run_dir=str(submission.root))
         order.write()
         jobs = str(processors(submission.profile))
-        commands = [[*command, "--jobs", jobs] for command in chain.evaluations().values()]
-        task = CommandTask(order.file("json"), commands)
+        task = CommandTask(order.file("json"), [[*chain.evaluation(), "--jobs", jobs]])
         return submit_order(order, submission.shape(is_command=True), task, after=after)
     config = chain.configs[stage]
     order, task = submission.write_training(config)

@@ -50,7 +50,7 @@ from launch.config import RunConfig
 from launch.job_array import TOOLS, check_tool, submit_slices, submit_sweep
 from launch.plan import plan
 from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB
-from launch.report import build_report
+from launch.report_single import build_report
 from launch.scheduler import SchedulerError
 from launch.slurm_chain import describe_jobs, submit_chain
 from launch.slurm_submit import ask_scheduler, refuse_queued, submit_stage

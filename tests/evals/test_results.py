@@ -11,7 +11,7 @@ from rich.console import Console
 from evals.protocol import EvalConfig, FitConfig, Focus, KnnConfig, Row, Score, Task
 from evals.results import (
     ResultsError,
-    ahead_of_trained,
+    ahead_of,
     append_results,
     curve,
     format_cell,
@@ -145,7 +145,7 @@ def test_whoever_is_as_good_as_the_trained_encoder_is_named() -> None:
         replace(ROW, task="depth", higher_is_better=False, value=0.4, model="untrained"),
         replace(ROW, task="depth", higher_is_better=False, value=0.6, model="rgb"),
     ]
-    assert ahead_of_trained(rows) == {"rgb": ["motion"], "untrained": ["depth"]}
+    assert ahead_of(rows) == {"rgb": ["motion"], "untrained": ["depth"]}
 
 
 def test_the_table_shows_every_task_and_model_in_full_on_a_narrow_terminal() -> None:
@@ -155,7 +155,7 @@ def test_the_table_shows_every_task_and_model_in_full_on_a_narrow_terminal() -> 
     text = io.StringIO()
     print_table(rows, title="all of it", console=Console(file=text, width=40))
     lines = [line for line in text.getvalue().splitlines() if line.strip()]
-    assert lines[1].split() == ["task", "metric", "trained", "untrained", "rgb", "rgb_difference", "a_new_model"]
+    assert lines[1].split() == ["task", "metric", "trained", "a_new_model", "untrained", "rgb", "rgb_difference"]
     assert lines[3].split() == ["motion", "accuracy", *["0.125", "±", "0.000"] * 5]
     assert lines[4].split() == ["direction_segmentation_moving", "accuracy", "0.250"]
 

@@ -18,7 +18,7 @@ from evals.protocol import Row
 from evals.results import merge_summary
 from launch import report_pictures
 from launch.config import RunConfig
-from launch.report import build_report, main
+from launch.report import main
 from launch.report_figures import (
     DIAGNOSTICS,
     diagnostics_figure,
@@ -30,6 +30,7 @@ from launch.report_figures import (
 )
 from launch.report_pictures import NUM_CLIPS
 from launch.report_run import ReportError
+from launch.report_single import build_report
 from tests.data_pipeline.made_videos import ramp, write_video
 from vjepa import hub
 from vjepa.config import ModelConfig, PredictorSettings, build_models, to_yaml
@@ -287,7 +288,7 @@ def test_the_end_of_the_learning_curve_is_the_last_step_of_the_training(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("launch.report.learning_figure", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("launch.report_single.learning_figure", lambda *arguments: seen.append(arguments))
     evals = [
         *measured("motion", "trained", 0.8),
         *measured("motion", "trained", 0.6, step=100),
