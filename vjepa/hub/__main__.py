@@ -21,6 +21,7 @@ from vjepa.hub.folder import DTYPES, read_config
 from vjepa.hub.info import describe
 from vjepa.hub.onnx_export import export_onnx
 from vjepa.nn.encoder import Encoder
+from vjepa.nn.predictor import Predictor
 
 FORMATS = ("safetensors", "hf", "onnx")
 DEFAULTS = {"safetensors": (None, None), "hf": (256, 64), "onnx": (256, 16)}  # size, frames
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--size", type=int, help="pixels of a square clip; default: as trained, else 256")
     export.add_argument("--frames", type=int, help="of a clip; default: as trained, else 64 (hf) or 16 (onnx)")
     export.add_argument("--opset", type=int, default=18, help="of ONNX")
+    export.add_argument("--no-predictor", dest="predictor", action="store_false", help="the encoder alone")
     export.add_argument("--licence", help="for the model card, an SPDX name such as apache-2.0")
     return parser
 
@@ -71,10 +73,10 @@ def _export(options: argparse.Namespace) -> None:
     if options.format == "onnx":
         _to_onnx(encoder, options, frames, size)
         return
-    predictor = hub.predictor_from_pretrained(options.model)
+    predictor = hub.predictor_from_pretrained(options.model) if options.predictor else None
     if options.format == "hf":
         hub.export_hf(encoder, options.out, predictor, size=size, frames=frames, dtype=options.dtype)
-        print(f"{options.out}: {_compared(encoder, options.out)}")
+        print(f"{options.out}: {_compared(encoder, options.out, predictor)}")
         return
     clip = {"size": size, "frames": frames}
     described = {**trained_on, **{name: value for name, value in clip.items() if value is not None}}
@@ -95,10 +97,11 @@ def _to_onnx(encoder: Encoder, options: argparse.Namespace, frames: int, size: i
         print(f"{options.out / name}: differs by at most {report['max_abs_difference']:.2g} on random clips")
 
 
-def _compared(encoder: Encoder, folder: Path) -> str:
+def _compared(encoder: Encoder, folder: Path, predictor: Predictor | None) -> str:
     if importlib.util.find_spec("transformers") is None:
         return "written; transformers is not installed here, so the two were not compared"
-    return f"transformers' features differ by at most {hub.compare_with_transformers(encoder, folder):.2g}"
+    what = "features" if predictor is None else "features and predictions"
+    return f"transformers' {what} differ by at most {hub.compare_with_transformers(encoder, folder, predictor):.2g}"
 
 
 def _pretraining(model: Path) -> dict[str, Any]:

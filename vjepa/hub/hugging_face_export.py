@@ -78,8 +78,11 @@ def export_hf(
 
 
 @torch.no_grad()
-def compare_with_transformers(encoder: Encoder, folder: Path | str) -> float:
-    """Largest difference between our features and those of the folder's VJEPA2Model, on a random clip of its size."""
+def compare_with_transformers(encoder: Encoder, folder: Path | str, predictor: Predictor | None = None) -> float:
+    """Largest difference between our features (and predictions) and those of the folder's VJEPA2Model.
+
+    On one random clip of its size; the predictor reads the first half of the tokens and predicts the other half.
+    """
     try:
         from transformers import VJEPA2Model
     except ImportError as error:
@@ -87,8 +90,19 @@ def compare_with_transformers(encoder: Encoder, folder: Path | str) -> float:
     model = VJEPA2Model.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
     patches = model.config.crop_size // encoder.patch_size
     clips = probe_clips(encoder, patches=patches).cpu()
-    theirs = model(clips.transpose(1, 2), skip_predictor=True).last_hidden_state
-    return float((encoder.cpu().eval()(clips) - theirs).abs().max())
+    ours = encoder.cpu().eval()(clips)
+    places = torch.arange(ours.shape[1])[None]
+    context, masked = places.tensor_split(2, dim=1)
+    theirs = model(
+        clips.transpose(1, 2), context_mask=[context], target_mask=[masked], skip_predictor=predictor is None
+    )
+    difference = float((ours - theirs.last_hidden_state).abs().max())
+    if predictor is None:
+        return difference
+    predicted, _ = predictor.cpu().eval()(
+        ours[:, : context.shape[1]], context=context, masked=masked, grid=encoder.grid(clips), modality="video"
+    )
+    return max(difference, float((predicted - theirs.predictor_output.last_hidden_state).abs().max()))
 
 
 def _not_version_2(config: EncoderConfig) -> list[str]:
