@@ -139,6 +139,8 @@ def test_a_run_s_own_predictor_gives_its_numbers_in_transformers(chain: Chain, t
         parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.25)
     folder = export_hf(ours, tmp_path / "hf", predictor, size=CROP, frames=FRAMES)
     assert compare_with_transformers(ours, folder, predictor) < 1e-5
+    another = create_predictor(predictor.config, weight_std=0.25)
+    assert compare_with_transformers(ours, folder, another) > 0.1, "a wrong one shows"
     theirs = VJEPA2Model.from_pretrained(str(folder)).eval()
     order = torch.stack([torch.randperm(64, generator=generator) for _ in chain.clips])
     context, masked = order[:, :20].sort().values, order[:, 20:45].sort().values
@@ -242,7 +244,7 @@ def test_fewer_than_no_steps_are_refused() -> None:
 def test_the_predictor_stays_out_of_what_transformers_cannot_hold_if_asked(
     chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A student's predictor gives the teacher's channels: no predictor of VJEPA2Model, which is no harm to the encoder."""
+    """A student's predictor gives the teacher's channels: VJEPA2Model cannot hold it, the encoder it can."""
     student, teachers = from_pretrained(chain.export), predictor_from_pretrained(chain.export)
     assert teachers is not None
     wide = create_predictor(replace(teachers.config, target_dim=40))

@@ -1,6 +1,6 @@
 """Weights from the command line.
 
-python -m vjepa.hub info MODEL
+python -m vjepa.hub info MODEL [--verify]
 python -m vjepa.hub export MODEL OUT --format safetensors|hf|onnx [--dtype bf16] [--size 256 --frames 16] ...
 
 MODEL is a released .pt, a folder of ours (RUN/exports/STAGE) or a Hugging Face folder of VJEPA2Model.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa import hub
-from vjepa.hub.folder import DTYPES, read_config
+from vjepa.hub.folder import DTYPES, read_config, verify
 from vjepa.hub.info import describe
 from vjepa.hub.onnx_export import export_onnx
 from vjepa.nn.encoder import Encoder
@@ -32,11 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "info":
-            for label, words in describe(options.model).items():
-                print(f"{label + ':':<24} {words}")
+            _info(options)
         else:
             _export(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -47,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="which model a file or folder holds")
     info.add_argument("model", type=Path)
+    info.add_argument("--verify", action="store_true", help="compare the files with the SHA-256 in config.json")
     export = commands.add_parser("export", help="write a model in another format")
     export.add_argument("model", type=Path)
     export.add_argument("out", type=Path, help="a folder")
@@ -60,9 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _info(options: argparse.Namespace) -> None:
+    facts = describe(options.model)
+    if options.verify:
+        if options.model.is_file():
+            raise ValueError(f"--verify: nobody has published the SHA-256 of a released file such as {options.model}")
+        facts["verified"] = f"the SHA-256 of {', '.join(verify(options.model))}"
+    for label, words in facts.items():
+        print(f"{label + ':':<24} {words}")
+
+
 def _export(options: argparse.Namespace) -> None:
+    """Weights that say their SHA-256 are verified first: what is passed on is what was exported."""
+    if options.out.resolve() == options.model.resolve():
+        raise ValueError(f"OUT is MODEL, {options.model}, which it would overwrite: give another folder")
     if options.format != "safetensors" and options.licence is not None:
         raise ValueError(f"--licence is written by --format safetensors only, not {options.format}: leave it out")
+    if options.model.is_dir() and read_config(options.model).get("sha256"):
+        verify(options.model)
     encoder, trained_on = hub.from_pretrained(options.model), _pretraining(options.model)
     size, frames = (
         given or trained_on.get(name) or default

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD
-from vjepa.hub.folder import CARD, CONFIG, DTYPES, WEIGHTS, Dtype, file_digest, probe_clips
+from vjepa.hub.files import file_digest
+from vjepa.hub.folder import CARD, CONFIG, DTYPES, WEIGHTS, Dtype, probe_clips
 from vjepa.hub.hugging_face import (
     ENCODER_NAMES,
     FIELDS_OF_2_1,
