@@ -123,7 +123,7 @@ def test_a_flipped_bit_is_found_by_verify_and_is_never_passed_on(
 
 def test_what_has_no_sha_256_cannot_be_verified(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(folder.parent, version_2())
-    assert "nobody has published" in refused(capsys, "info", path, "--verify")
+    assert "no SHA-256 is known" in refused(capsys, "info", path, "--verify")
     stored = json.loads((folder / "config.json").read_text())
     del stored["sha256"]
     (folder / "config.json").write_text(json.dumps(stored))

@@ -19,11 +19,12 @@ from typing import Any
 from vjepa import hub
 from vjepa.hub.folder import DTYPES, read_config, verify
 from vjepa.hub.info import describe
-from vjepa.hub.onnx_export import export_onnx
+from vjepa.hub.onnx_export import OPSET, export_onnx
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.predictor import Predictor
 
 FORMATS = ("safetensors", "hf", "onnx")
+ONLY = {"licence": "safetensors", "opset": "onnx"}  # options of one format
 DEFAULTS = {"safetensors": (None, None), "hf": (256, 64), "onnx": (256, 16)}  # size, frames
 
 
@@ -54,8 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the stored weights")
     export.add_argument("--size", type=int, help="pixels of a square clip; default: as trained, else 256")
     export.add_argument("--frames", type=int, help="of a clip; default: as trained, else 64 (hf) or 16 (onnx)")
-    export.add_argument("--opset", type=int, default=18, help="of ONNX")
-    export.add_argument("--no-predictor", dest="predictor", action="store_false", help="the encoder alone")
+    export.add_argument("--opset", type=int, help=f"of ONNX, default {OPSET}")
+    export.add_argument(
+        "--no-predictor", dest="predictor", action="store_false", help="the encoder alone (ONNX: always)"
+    )
     export.add_argument("--licence", help="for the model card, an SPDX name such as apache-2.0")
     return parser
 
@@ -64,20 +67,27 @@ def _info(options: argparse.Namespace) -> None:
     facts = describe(options.model)
     if options.verify:
         if options.model.is_file():
-            raise ValueError(f"--verify: nobody has published the SHA-256 of a released file such as {options.model}")
+            raise ValueError(f"--verify: of a released file such as {options.model} no SHA-256 is known")
         facts["verified"] = f"the SHA-256 of {', '.join(verify(options.model))}"
     for label, words in facts.items():
         print(f"{label + ':':<24} {words}")
 
 
-def _export(options: argparse.Namespace) -> None:
-    """Weights that say their SHA-256 are verified first: what is passed on is what was exported."""
+def _check_export(options: argparse.Namespace) -> None:
+    """Refuse options of another format and damaged weights: what is passed on is what was exported."""
     if options.out.resolve() == options.model.resolve():
         raise ValueError(f"OUT is MODEL, {options.model}, which it would overwrite: give another folder")
-    if options.format != "safetensors" and options.licence is not None:
-        raise ValueError(f"--licence is written by --format safetensors only, not {options.format}: leave it out")
+    for name, only in ONLY.items():
+        if getattr(options, name) is not None and options.format != only:
+            raise ValueError(f"--{name} belongs to --format {only}, not {options.format}: leave it out")
+    if options.format == "onnx" and options.dtype != "fp32":
+        raise ValueError(f"--dtype {options.dtype}: ONNX files are written in fp32, leave --dtype out")
     if options.model.is_dir() and read_config(options.model).get("sha256"):
         verify(options.model)
+
+
+def _export(options: argparse.Namespace) -> None:
+    _check_export(options)
     encoder, trained_on = hub.from_pretrained(options.model), _pretraining(options.model)
     size, frames = (
         given or trained_on.get(name) or default
@@ -104,11 +114,9 @@ def _export(options: argparse.Namespace) -> None:
 
 def _to_onnx(encoder: Encoder, options: argparse.Namespace, frames: int, size: int) -> None:
     """A file for video, and one for images where the encoder has a tokenizer of its own for them."""
-    if options.dtype != "fp32":
-        raise ValueError(f"--dtype {options.dtype}: ONNX files are written in fp32, leave --dtype out")
     files = {"video.onnx": frames} | ({"image.onnx": 1} if encoder.config.image_tokenizer else {})
     for name, count in files.items():
-        report = export_onnx(encoder, options.out / name, frames=count, size=size, opset=options.opset)
+        report = export_onnx(encoder, options.out / name, frames=count, size=size, opset=options.opset or OPSET)
         print(f"{options.out / name}: differs by at most {report['max_abs_difference']:.2g} on random clips")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD
 from vjepa.hub.files import file_digest
-from vjepa.hub.folder import CARD, CONFIG, DTYPES, WEIGHTS, Dtype, probe_clips
+from vjepa.hub.folder import CARD, CONFIG, DTYPES, WEIGHTS, Dtype, probe_clips, stored_as
 from vjepa.hub.hugging_face import (
     ENCODER_NAMES,
     FIELDS_OF_2_1,
@@ -62,12 +62,12 @@ def export_hf(
             f"size={size} and frames={frames} must be multiples of patch_size={encoder.patch_size} and "
             f"tubelet_size={encoder.tubelet_size}"
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = rename(_parted(encoder.state_dict()), swapped(ENCODER_NAMES))
     if predictor is not None:
         state |= _hf_predictor_state(predictor)
-    state = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in state.items()}
+    state = stored_as(state, dtype)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     config = _hf_config(encoder.config, None if predictor is None else predictor.config, size, frames, dtype)
     for name, content in ((VIDEO_PREPROCESSOR, _hf_preprocessor(size)), (CONFIG, config)):

@@ -1,7 +1,8 @@
 """The encoder as ONNX, one file for clips of one shape, with a parity report beside it.
 
 Frames and size are fixed in the file (RoPE tables and token counts are constants of the grid), the number of clips is
-not. `frames=1` gives the image tokenizer's file where the encoder has one: the two tokenizers are two files. The
+not. Weights lie in a file of their own beside it, so that a model may exceed the 2 GB of one protobuf; fp32 only.
+`frames=1` gives the image tokenizer's file where the encoder has one: the two tokenizers are two files. The
 packages onnx, onnxscript and onnxruntime are imported only here.
 """
 
@@ -23,13 +24,14 @@ from vjepa.hub.strict import write_atomically
 from vjepa.nn.encoder import Encoder
 
 INSTALL = "pip install onnx onnxruntime onnxscript"
+OPSET = 18
 TOLERANCE = 1e-4
 BATCHES = (1, 3)  # numbers of clips that are compared
 INPUT, OUTPUT = "clips", "tokens"
 
 
 def export_onnx(
-    encoder: Encoder, path: Path | str, *, frames: int = 16, size: int = 256, opset: int = 18
+    encoder: Encoder, path: Path | str, *, frames: int = 16, size: int = 256, opset: int = OPSET
 ) -> dict[str, Any]:
     """Write `path` (and `path`.data, the weights), compare it with the encoder, and return the parity report.
 
