@@ -362,7 +362,7 @@ def _train(config: RunConfig) -> int:
     run = RunDir(config.run_dir)
     run.make()
     status = run_locally(config, resume=run.config.is_file())
-    if status == 0 and config.report:
+    if status == 0 and config.report and config.train.steps:
         print(f"report: {build_report(run.path)}")
     return status
 

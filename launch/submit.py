@@ -290,7 +290,7 @@ def submit(config: RunConfig, site: Site) -> int:
 def run_here(config: RunConfig, *, resume: bool) -> int:
     """Train in this machine's processes, in the foreground."""
     status = run_locally(config, resume=resume)
-    if status == 0 and config.report:
+    if status == 0 and config.report and config.train.steps:
         print(f"report: {build_report(Path(config.run_dir))}")
     return status
 

@@ -26,7 +26,7 @@ SOURCES = ["data.video.sources.mine.path=/shards/video", "data.image.sources.min
         (["--recipe", "debug", "train.stpes=3"], ["stpes", "steps"]),
         (["--recipe", "debug", "trian.steps=3"], ["trian", "train"]),
         (["--recipe", "debug", "train.steps=many"], ["train.steps", "many"]),
-        (["--recipe", "debug", "train.steps=0"], ["train.steps=0", "at least 1"]),
+        (["--recipe", "debug", "train.steps=-1"], ["train.steps=-1", "at least 0"]),
         (["--recipe", "debug", "prepare.debug=shapes"], ["prepare.debug=shapes is unknown", "digits"]),
         (["--recipe", "debug", "evals.movement.data=x"], ["evals.movement is unknown", "motion"]),
         (["--recipe", "demo", "evals.motion.seeds=0"], ["seeds=0 must be at least 1"]),

@@ -7,7 +7,6 @@ from vjepa.hub.folder import CONFIG, WEIGHTS, save_config, save_pretrained
 from vjepa.hub.hugging_face import import_hf
 from vjepa.hub.hugging_face_export import compare_with_transformers, export_hf
 from vjepa.hub.info import describe
-from vjepa.hub.layouts import RELEASED_LEVELS
 from vjepa.hub.onnx_export import export_onnx
 from vjepa.hub.pretrained import encoder_config, from_pretrained, predictor_from_pretrained
 from vjepa.hub.released import RELEASED, import_official
@@ -16,7 +15,6 @@ from vjepa.hub.strict import WeightsError, load_strict
 __all__ = [
     "CONFIG",
     "RELEASED",
-    "RELEASED_LEVELS",
     "WEIGHTS",
     "WeightsError",
     "compare_with_transformers",
