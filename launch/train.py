@@ -25,7 +25,7 @@ from data_pipeline.loader import build_loader
 from evals.results import update_summary
 from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
-from launch.init_from import load_initial_weights
+from launch.init_from import load_initial_weights, optimizer_checkpoint
 from launch.plan import refuse_if_too_large
 from launch.preflight import PreflightError, check_all_reduce
 from launch.prepare import prepare_data
@@ -78,6 +78,9 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag, store: Store | Non
             fill=lambda objective: _fill(config, objective, world, is_new=is_new),
             data_counters=data_figures,
         )
+        if is_new and (carried := optimizer_checkpoint(config)) is not None:
+            trainer.carry_optimizer(carried)
+            say(world, f"going on with the optimizer of {carried}")
         if resume:
             step = trainer.resume()
             say(world, f"resumed from step {step}" + ("" if step else f": {run.path} holds no complete checkpoint"))
@@ -99,7 +102,8 @@ def _fill(config: RunConfig, objective: JEPA, world: World, *, is_new: bool) -> 
     objective.initialise(seed=config.train.seed, weight_std=config.model.init_std)
     load_teacher(objective)
     if config.init_from is not None and is_new:
-        say(world, f"starting from {load_initial_weights(objective, config.init_from, world)}")
+        taken = load_initial_weights(objective, config.init_from, world, predictor=config.init_predictor)
+        say(world, f"starting from {taken}")
 
 
 def _open_run(run: RunDir, config: RunConfig, resume: bool) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -318,6 +319,12 @@ class Trainer:
         }
         self.saver.save(self.step, self._state(), meta)
         self._saved_step = self.step
+
+    def carry_optimizer(self, path: Path) -> None:
+        """Begin with the averages that AdamW had in another run's checkpoint; its learning rate is this run's own."""
+        state = get_optimizer_state_dict(self.objective, self.optimizer, options=STATE_OPTIONS)
+        checkpoint.load_moments(path, state, self.world)
+        set_optimizer_state_dict(self.objective, self.optimizer, state, options=STATE_OPTIONS)
 
     def _roll_back(self, fall: RollBack) -> None:
         """Go on from the newest checkpoint that is good enough, with the data behind the step that fell; all alike."""
