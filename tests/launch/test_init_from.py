@@ -104,7 +104,7 @@ def test_the_optimizer_goes_on_where_it_is_asked_to(
         "init_optimizer=carry",
         "objective.terms.context_prediction=null",
     ]
-    with pytest.raises(CheckpointError, match=r"the optimizer of checkpoint .* context_head.*not trained here"):
+    with pytest.raises(CheckpointError, match=r"the optimizer of checkpoint .*context_head.*not trained here"):
         train(load_config("debug", "primary", other), resume=False, stop=StopFlag())
 
 
