@@ -26,6 +26,8 @@ class TeacherConfig:
 
     path: str | None = None  # an exported folder (RUN/exports/STAGE) or a released .pt file
     levels: list[int] | None = None  # its blocks that are predicted, from 1; -1: the last; null: all of its levels
+    precision: Literal["fp32", "bf16"] = "fp32"
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.levels is not None and any(level < 1 and level != -1 for level in self.levels or [0]):
@@ -40,6 +42,7 @@ class ObjectiveConfig:
     stop_gradient: bool = False  # online only: no gradient through the targets; the others have none
     momentum: float = 0.99925  # of the EMA target at step 0
     momentum_end: float | None = None  # at the last step, linear in between; null keeps it constant
+    average: float | None = None
     teacher: TeacherConfig = field(default_factory=TeacherConfig)  # frozen only
     latent: LatentConfig = field(default_factory=LatentConfig)  # what the context cannot tell the predictor
     video_weight: float = 0.5  # share of video in the loss, as the reference's half of the ranks
