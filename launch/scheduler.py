@@ -132,9 +132,9 @@ def exclude(job: str, nodes: Sequence[str]) -> None:
     ask("scontrol", "update", f"JobId={_alone(job)}", f"ExcNodeList={names}", outside=True)
 
 
-def test_only(script: Path | str) -> tuple[bool | None, str]:
+def test_only(script: Path | str, *options: str) -> tuple[bool | None, str]:
     """Whether the request of a job script can start on this cluster, and SLURM's own words; None: nobody answered."""
-    done = _run(["sbatch", "--test-only", str(script)])
+    done = _run(["sbatch", "--test-only", *options, str(script)])
     words = [line.removeprefix("sbatch: ") for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     text = "; ".join(words)
     if done.returncode == 0:

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import pytest
 
 from launch.cluster_profile import CLUSTERS, load_profile
 from launch.config import load_config
-from launch.slurm_submit import dry_run, refuse_queued, submit_stage
+from launch.planned_job import dry_run
+from launch.slurm_submit import refuse_queued, submit_stage
 from launch.snapshot import take_snapshot
 from launch.train import train
 from tests.slurm.conftest import PrivateCluster, command, wait_until
