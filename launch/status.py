@@ -181,12 +181,13 @@ def _of_state(
         return _never_started(row, before, by, reason=state.reason)
     if state.state in GONE:
         return [f"{how_ended(state.state)}; SLURM puts it back into the queue"]
+    accounted = segments[-1] if segments and segments[-1].state.startswith(state.state) else None  # it may be late
     if state.state == "FAILED":
-        exit_code = f", status {segments[-1].exit_code.partition(':')[0]}" if segments else ""
+        exit_code = f", status {accounted.exit_code.partition(':')[0]}" if accounted is not None else ""
         return [f"failed{exit_code}; its words: `logs RUN --stage {row['stage']}`"]
     if state.state == "TIMEOUT":
         return [_timed_out(row)]
-    return [] if state.state == "COMPLETED" else [how_ended(segments[-1].state if segments else state.state)]
+    return [] if state.state == "COMPLETED" else [how_ended(accounted.state if accounted is not None else state.state)]
 
 
 def _timed_out(row: Mapping[str, Any]) -> str:
@@ -222,7 +223,9 @@ def _never_started(row: Mapping[str, Any], before: Sequence[StageStatus], state:
 
 
 def _ended_state(stage: StageStatus) -> str:
-    return "never started either" if any(n.startswith("never started") for n in stage.notes) else how_ended(stage.state)
+    if any(note.startswith("never started") for note in stage.notes):
+        return "never started either"
+    return f"ended with {stage.state}" if "," in stage.state else how_ended(stage.state)  # of an array
 
 
 def _named(job: str | None, before: Sequence[StageStatus]) -> str:

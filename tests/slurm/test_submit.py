@@ -22,12 +22,11 @@ from launch.planned_job import dry_run
 from launch.slurm_submit import refuse_queued, submit_stage
 from launch.snapshot import take_snapshot
 from launch.train import train
-from tests.slurm.conftest import PrivateCluster, command, wait_until
+from tests.slurm.conftest import PATIENCE_S, PrivateCluster, command, wait_until
 from vjepa.config import ConfigError
 from vjepa.train.signals import StopFlag
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
-PATIENCE_S = 600.0  # on a machine that others use too
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("--stage", "primary", "--recipe", "debug", "train.seed=3", "train.steps=12")
 SLURM = ("--cluster", "slurm", "--profile", "private_test")

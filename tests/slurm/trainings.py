@@ -10,7 +10,7 @@ from typing import Any
 from launch.job_order import read_jobs
 from launch.segments import Segment, read_begin, read_segments
 from launch.submit import main as submit
-from tests.slurm.conftest import wait_until
+from tests.slurm.conftest import PATIENCE_S, wait_until
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Training:
         logs = [self.folder / "job" / f"{self.job}.out", *sorted((self.folder / "job" / self.job).glob("*.out"))]
         return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs if log.is_file())
 
-    def wait_for_steps(self, start: int, seconds: float = 300.0) -> None:
+    def wait_for_steps(self, start: int, seconds: float = PATIENCE_S) -> None:
         """Until the start numbered so (0: the first) has logged a step of its own."""
         wait_until(lambda: self._has_stepped(start), lambda: f"no step of start {start}: {self.said}", seconds)
 
