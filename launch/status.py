@@ -192,14 +192,16 @@ def _of_state(
 
 def _timed_out(row: Mapping[str, Any]) -> str:
     """The limit itself came before the ranks had saved and the supervisor had requeued the job."""
+    killed = "killed by its time limit before it could go back into the queue"
+    if not Path(row["script"]).with_suffix(".yaml").is_file():  # it trains nothing
+        return f"{killed}. What to do: `resume RUN` begins it again; a longer time_min in profile {row.get('profile')}"
+    saved = max(checkpoints(Path(row["run_dir"]) / "checkpoints"), default=0)
     delay = row.get("signal_delay_s")
     given = "" if delay is None else f" (now {delay})"
-    saved = max(checkpoints(Path(row["run_dir"]) / "checkpoints"), default=0)
     return (
-        f"killed by its time limit before it could save and go back into the queue; saved at step {saved}. What to do: "
-        f"`resume RUN` goes on from there; so that it does not happen again, raise signal_delay_s{given} of profile "
-        f"{row.get('profile', '?')} above 60 s, the slowest step and a save together, or lower the interval of "
-        "checkpoints (train.checkpoint.every), and submit with `--resume`"
+        f"{killed}; saved at step {saved}. What to do: `resume RUN` goes on from there; so that it does not happen "
+        f"again, raise signal_delay_s{given} of profile {row.get('profile')} above 60 s, the slowest step and a save "
+        "together, or lower the interval of checkpoints (train.checkpoint.every), and submit with `--resume`"
     )
 
 

@@ -70,6 +70,7 @@ def checkpoint(folder: Path, step: int, **alarms: dict[str, float]) -> None:
 def test_a_job_that_its_limit_killed_is_explained_and_resume_goes_on(tmp_path: Path, slurm: Path) -> None:
     """The answers are those of the private cluster (SLURM 22.05.8) to a job whose ranks took no signal."""
     folder = run(tmp_path)
+    (folder / "job" / "primary.yaml").write_text("train: {steps: 100}\n")
     checkpoint(folder, 40)
     answer(slurm, "squeue", "echo '17|deaf.sh|TIMEOUT|TimeLimit|tn1|2026-11-26T00:48:06|INVALID'")
     used, from_to = "billing=1,cpu=1,gres/gpu=1,mem=100M,node=1", "2026-11-26T00:48:06|2026-11-26T00:49:35"
@@ -79,11 +80,13 @@ def test_a_job_that_its_limit_killed_is_explained_and_resume_goes_on(tmp_path: P
     assert (found.stages[0].state, found.is_live) == ("TIMEOUT", False)
     assert found.stages[0].gpu_hours == pytest.approx(89 / 3600)
     words = said(found)
-    assert "killed by its time limit before it could save and go back into the queue; saved at step 40" in words
+    assert "killed by its time limit before it could go back into the queue; saved at step 40" in words
     assert "raise signal_delay_s (now 60) of profile mine" in words
     assert "train.checkpoint.every" in words
     answer(slurm, "squeue", FORGOTTEN)
     assert "killed by its time limit" in said(read_status(folder)), "also when only accounting remembers it"
+    (folder / "job" / "primary.yaml").rename(folder / "job" / "other.yaml")
+    assert "a longer time_min in profile mine" in said(read_status(folder)), "a job that trains nothing saves nothing"
     assert resume(folder) == [f"primary is queued as job 18 ({folder}/job/primary.sbatch)"]
     assert (tmp_path / "asked").read_text().split() == ["--parsable", f"{folder}/job/primary.sbatch"]
 

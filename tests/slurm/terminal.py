@@ -19,8 +19,9 @@ class OnTerminal:
         self._master, slave = pty.openpty()
         command = [sys.executable, str(ROOT / "launch" / "submit.py"), *map(str, words)]
         environment = os.environ | {"COLUMNS": "160", "LINES": "40", "TERM": "xterm"}
-        streams = {"stdin": subprocess.DEVNULL, "stdout": slave, "stderr": slave}
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave
+        )
         os.close(slave)
         self._shown = bytearray()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -15,7 +15,7 @@ from launch.cluster_profile import CLUSTERS
 from launch.scheduler import describe
 from launch.segments import newest_checkpoint, read_begin
 from tests.slurm.conftest import PATIENCE_S, PrivateCluster, command, wait_until
-from tests.slurm.trainings import Training, train
+from tests.slurm.trainings import Training, ranks_of, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long, pytest.mark.timeout(1200)]
 STEPS = 40
@@ -109,7 +109,7 @@ def test_a_time_limit_and_a_hung_rank_cost_a_restart_and_no_more(
     limited.wait_for_steps(0)
     bring_the_limit_near(limited.job)
     hung.wait_for_steps(0)
-    os.kill(process_of(hung.job, rank=3), signal.SIGSTOP)
+    os.kill(ranks_of(hung.job)[3], signal.SIGSTOP)
     wait_until(lambda: limited.segments, lambda: f"no signal before the limit: {limited.said}")
     wait_until(lambda: describe(limited.job)["Restarts"] == "1", lambda: f"not requeued: {describe(limited.job)}")
     wait_until(lambda: cluster.states(limited.job)[0] in ("PENDING", "RUNNING"), "it is ending still")
@@ -139,22 +139,6 @@ def check_hung(run: Training, culprit: str) -> None:
     stacks = (run.folder / "stacks" / "rank_0.txt").read_text()
     assert "=== end of these stacks" in stacks
     check_continuity(run)
-
-
-def process_of(job: str, rank: int) -> int:
-    """The process of a rank: the child of SLURM's step daemon."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if not Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd"):
-                continue
-            is_submitit = b"submitit.core._submit" in (folder / "cmdline").read_bytes()
-            if is_submitit and wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                return int(folder.name)
-        except OSError:
-            continue
-    raise LookupError(f"job {job} has no process of rank {rank}")
 
 
 def test_a_run_survives_the_death_of_its_first_node(
@@ -187,7 +171,7 @@ def test_a_node_with_a_read_only_disk_is_named_before_the_first_step(
     profile = tmp_path / "once.yaml"
     profile.write_text((CLUSTERS / "private_test.yaml").read_text() + "max_crashes: 1\n")
     block = command(
-        "sbatch", "--parsable", "-p", "high", "-N2", "--ntasks-per-node=4", "-o", "/dev/null", "--wrap=sleep 99"
+        "sbatch", "--parsable", "-p", "high", "-N2", "--ntasks-per-node=4", "-o", "/dev/null", "--wrap=sleep 900"
     )
     run = train(tmp_path / "run", shards, profile=str(profile))
     folder.mkdir(parents=True)
