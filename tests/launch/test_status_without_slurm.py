@@ -151,13 +151,14 @@ def test_alarms_since_the_newest_checkpoint_are_those_of_the_log_and_the_rows(tm
     log = folder / "job" / "17" / "17_0_log.out"
     old = "ALARM at step 20: video level 2: mean_cosine 0.99 is above 0.95 in 2 evaluations in a row: constant\n"
     new = "ALARM at step 30: image level 1: rankme 1.2 is below 3 in 2 evaluations in a row: narrow\n"
-    lost = new.replace("step 30", "step 40").replace("rankme", "lidar")  # of a start that was killed after it
+    lost = "ALARM at step 28: image source slow: the loader waits for it\n"  # of a start that was killed after it
+    early = "ALARM at step 15: image source slow: the loader waits for it\n"
     data = "ALARM at step 25: video source rotten: 3 of 9 clips could not be decoded\n"
-    log.write_text(old + data)
+    log.write_text(early + old + data)
     assert said(read_status(folder)).count("ALARM") == 2, "the checkpoint's is the last evaluation so far"
     assert f"collapse: {name} breaks its rule since step 10" in said(read_status(folder))
     write_rows(folder, [*rows, {"step": 30, "loss": 1.0, f"diag/{name}": 0.5}])
-    log.write_text(old + lost + data + new)
+    log.write_text(early + old + lost + data + new)
     words = said(read_status(folder))
     assert "ALARM image level 1: rankme 1.2 is below 3" in words
     assert "ALARM video source rotten: 3 of 9 clips could not be decoded (step 25)" in words
