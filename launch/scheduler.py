@@ -23,6 +23,10 @@ class SchedulerError(RuntimeError):
     """A command of SLURM's that failed or did not answer; the message has its own words."""
 
 
+class NoAnswerError(SchedulerError):
+    """The controller does not answer now: it is busy, or is being restarted."""
+
+
 @dataclass(frozen=True)
 class JobState:
     """A job, or one element of an array, as squeue shows it now."""
@@ -176,9 +180,10 @@ def _run(
     except FileNotFoundError as error:
         raise SchedulerError(f"{command[0]} is not on PATH: is this a machine of the SLURM cluster?") from error
     except subprocess.TimeoutExpired as error:
-        raise SchedulerError(f"{' '.join(command)}: no answer within {TIMEOUT_S:g} s") from error
+        raise NoAnswerError(f"{' '.join(command)}: no answer within {TIMEOUT_S:g} s") from error
 
 
 def _error(command: Sequence[str], done: subprocess.CompletedProcess[str]) -> SchedulerError:
     words = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-    return SchedulerError(f"{' '.join(command)}: {words}")
+    kind = NoAnswerError if any(sign in words for sign in NO_ANSWER) else SchedulerError
+    return kind(f"{' '.join(command)}: {words}")

@@ -12,6 +12,7 @@ from launch.job_order import note_job
 from launch.resubmit import resume
 from launch.segments import Segment, append_segment, write_begin
 from launch.status import RunStatus, read_status
+from launch.watch import main as watch
 from launch.watch import remarks
 
 NO_ACCOUNTS = "echo 'Slurm accounting storage is disabled' >&2; exit 1"  # sacct's words and status
@@ -89,6 +90,27 @@ def test_a_job_that_its_limit_killed_is_explained_and_resume_goes_on(tmp_path: P
     assert "a longer time_min in profile mine" in said(read_status(folder)), "a job that trains nothing saves nothing"
     assert resume(folder) == [f"primary is queued as job 18 ({folder}/job/primary.sbatch)"]
     assert (tmp_path / "asked").read_text().split() == ["--parsable", f"{folder}/job/primary.sbatch"]
+
+
+def test_a_watch_goes_on_while_the_controller_does_not_answer(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, looks = run(tmp_path), tmp_path / "looks"
+    state = "17|primary|$1|None|n1|2026-11-26T00:48:06|23:00"
+    silent = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    answer(
+        slurm,
+        "squeue",
+        f"echo >> {looks}; case $(wc -l < {looks}) in 1) set RUNNING;; 2) echo '{silent}' >&2; exit 1;; "
+        f'*) set COMPLETED;; esac; echo "{state}"',
+    )
+    answer(slurm, "sacct", "true")
+    monkeypatch.setattr("launch.watch.LOOK_EVERY_S", 0.0)
+    assert watch(["status", str(folder), "--watch"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("RUNNING") < shown.index("as it was a moment ago: squeue") < shown.index("COMPLETED")
+    looks.write_text("\n")
+    assert watch(["status", str(folder), "--watch"]) == 2, "at the first look there is nothing to show"
 
 
 def test_without_accounting_hours_and_restarts_are_from_the_runs_own_notes(tmp_path: Path, slurm: Path) -> None:
