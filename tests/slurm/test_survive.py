@@ -18,11 +18,11 @@ from tests.slurm.conftest import PATIENCE_S, PrivateCluster, command, wait_until
 from tests.slurm.trainings import Training, ranks_of, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long, pytest.mark.timeout(1200)]
-STEPS = 64  # the faster of two runs makes up to 20 while the other one starts again
+STEPS = 48  # the faster of two runs makes up to 20 while the other one starts again
 LIMIT_AWAY_S = 40
 LONGER = 200  # steps of a run that is to meet its time limit
 GRACE = {"low": 10, "low0": 0}  # partitions and the seconds that they give a preempted job
-PREEMPTIONS = 4  # the first before a step is made
+PREEMPTIONS = 3  # the first before a step is made
 
 
 @pytest.fixture(scope="module")
