@@ -18,11 +18,11 @@ from tests.slurm.conftest import PATIENCE_S, PrivateCluster, command, wait_until
 from tests.slurm.trainings import Training, ranks_of, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long, pytest.mark.timeout(1200)]
-STEPS = 40
+STEPS = 48  # the faster of two runs makes up to 20 while the other one starts again
 LIMIT_AWAY_S = 40
 LONGER = 200  # steps of a run that is to meet its time limit
 GRACE = {"low": 10, "low0": 0}  # partitions and the seconds that they give a preempted job
-PREEMPTIONS = 4  # the first before a step is made
+PREEMPTIONS = 3  # the first before a step is made
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_preempted_any_number_of_times_a_run_ends_as_if_undisturbed(
         assert [segment.kind for segment in run.segments] == ["interrupted"] * PREEMPTIONS + ["done"], run.said
         check_continuity(run)
         assert run.segments[0].last_step == 0
-        assert all((s.last_step or 0) > (s.first_step or 0) for s in run.segments[1:])
+        assert all((s.last_step or 0) > (s.first_step or 0) or s.first_step == STEPS for s in run.segments[1:])
         assert run.losses == undisturbed  # bit for bit: the rows hold the losses at full precision
         report(run)
 
