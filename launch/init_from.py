@@ -11,27 +11,30 @@ from vjepa.objectives.jepa import JEPA
 from vjepa.train import checkpoint
 from vjepa.train.distributed import ALONE, World
 from vjepa.train.run_dir import RunDir
+from vjepa.train.start import IN_WORDS, load_start
 
 
 def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE) -> str:
     """Fill an objective, whole or in shards, from a run or from exported weights; what was taken, in words.
 
-    From a run's directory, or one of its checkpoints: encoder, predictor and target of the newest checkpoint.
-    From an exported folder or a released .pt file: encoder and target alike, the predictor stays as initialised.
+    From a run's directory, or one of its checkpoints: encoder, predictor and what follows the encoder (an EMA target or
+    an average) of the newest checkpoint; a frozen teacher stays that of the recipe.
+    From an exported folder or a released .pt file: the encoder and what follows it alike, the predictor stays as
+    initialised.
     Raises ConfigError for a path that is none of these, CheckpointError or WeightsError where shapes or names differ,
     or where an exported encoder computed with other positions, heads or levels, which no shape shows.
     """
     path = Path(path)
     saved = _checkpoint(path)
     if saved is not None:
-        checkpoint.load_module(saved, objective, "", world)
-        return f"encoder, predictor and target of {saved}"
+        return load_start(saved, objective, world)
     if path.is_file() or (path / CONFIG).is_file():
         _refuse_other_numbers(encoder_config(path), objective.encoder.config, path)
         weights = from_pretrained(path).state_dict()
         for encoder in {objective.encoder, objective.exported}:
             load_strict(encoder, weights, source=str(path))
-        return f"{'encoder' if objective.exported is objective.encoder else 'encoder and target'} of {path}"
+        names = ["encoder", *([] if objective.follower is None else [IN_WORDS[objective.config.exported]])]
+        return f"{' and '.join(names)} of {path}"
     raise ConfigError(
         f"init_from={path} is no run with a checkpoint, no exported folder (RUN/exports/STAGE) and no released .pt file"
     )

@@ -194,7 +194,7 @@ def _retire(root: Path, config: CheckpointConfig) -> None:
 def load(path: Path, state: dict[str, Any], world: World, *, is_verified: bool = False) -> dict[str, Any]:
     """Verify the checkpoint (unless `newest` just has) and load it into `state`, collectively; returns its meta."""
     if not is_verified:
-        _refuse_damaged(path, world)
+        refuse_damaged(path, world)
     reader = FileSystemReader(path / "dcp")
     _compare_keys(path, state, reader)
     try:
@@ -210,10 +210,20 @@ def load_module(path: Path, module: nn.Module, prefix: str, world: World = ALONE
 
     They are stored as model.PREFIX.* or, for "", model.*.
     """
-    _refuse_damaged(path, world)
+    refuse_damaged(path, world)
+    load_modules(path, {prefix: module})
+
+
+def load_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """The same of several modules by their prefixes, and of a checkpoint that was verified."""
     reader = FileSystemReader(path / "dcp")
-    prefix = f"{prefix}." if prefix else ""
-    state = {"model": {f"{prefix}{name}": tensor.detach() for name, tensor in module.state_dict().items()}}
+    state = {
+        "model": {
+            ".".join(filter(None, (prefix, name))): tensor.detach()
+            for prefix, module in modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+    }
     missing = sorted(set(_flatten(state)) - set(reader.read_metadata().state_dict_metadata))
     if missing:
         raise CheckpointError(f"checkpoint {path} has no {missing[0]} ({len(missing)} missing in all)")
@@ -246,7 +256,8 @@ def _verify(path: Path, world: World) -> str | None:
     return None
 
 
-def _refuse_damaged(path: Path, world: World) -> None:
+def refuse_damaged(path: Path, world: World) -> None:
+    """Raise CheckpointError where a file of a checkpoint is not what was written; every rank reads its share."""
     if problem := verify(path, world):
         raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
 
