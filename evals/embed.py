@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -86,11 +86,8 @@ class Embedder:
         shape = self._write_rows(name, decoder, windows, content)
         self._finish(name, windows)
         height, width = self.config.picture_size(decoder.info.height, decoder.info.width, self.model.patch_size)
-        info = {
-            key: getattr(decoder.info, key) for key in ("frames", "fps", "begin", "end", "width", "height", "codec")
-        }
         pixels = {"size": [height, width], "fit": PREPROCESSING[self.config.fit]}
-        facts = {"name": name, "path": str(path), **content, "source": info, "preprocessing": pixels}
+        facts = {"name": name, "path": str(path), **content, "source": asdict(decoder.info), "preprocessing": pixels}
         facts |= {"sampled": len(windows.times), "windows": windows.num_windows, "shape": shape, "dim": shape[-1]}
         grid = [height // self.model.patch_size, width // self.model.patch_size]
         facts |= {"grid": [windows.plan.length, *grid], "model_sha256": self.model.identity}
@@ -154,7 +151,8 @@ def embed(embedder: Embedder, files: dict[str, Path], progress: EmbedProgress | 
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise next(said_of_full(error, folder.features(name, embedder.config.format))) from error
-            folder.clear(name)
+            if isinstance(error, ValueError):  # the file's fault; a disk or network may be better the next time
+                folder.clear(name)
             failures.append({"name": name, "path": str(path), "reason": str(error)})
             folder.write_failures(failures)
             if progress is not None:
@@ -221,7 +219,7 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(build_parser().parse_args(arguments))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -1,7 +1,7 @@
 """A video as overlapping windows, decoded once and in order, and one row of features for every time step.
 
 Rule of overlaps: a time step is taken from the window in which it lies furthest from that window's ends, of two the
-earlier. Not their mean: a mean of outputs is none of the encoder's own outputs, and each row would wait for two windows.
+earlier. Not their mean: a mean of outputs is none of the encoder's own, and each row would wait for two windows.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class FrameStream:
         return len(self._held)
 
     def take(self, begin: int, end: int) -> Tensor:
-        """Frames begin..end-1, uint8 [C, T, H, W]; behind the last frame it stands still. What lies before is let go."""
+        """Frames begin..end-1, uint8 [C, T, H, W]; behind the last frame it stands still. Earlier ones are let go."""
         self.forget(begin)
         info = self.decoder.info
         most = max(1, DECODED_BYTES // (3 * info.height * info.width))
