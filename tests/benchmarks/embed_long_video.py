@@ -11,13 +11,13 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data_pipeline.decode import open_decoder
@@ -65,12 +65,15 @@ def sums(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def killed_twice(arguments: list[str], seconds: float, generator: random.Random) -> list[float]:
-    """Start, kill, start, kill, start; the moments of the kills."""
+def killed_twice(arguments: list[str], out: Path, seconds: float, generator: random.Random) -> list[float]:
+    """Start, kill, start, kill, start; the kills' seconds after the first note of progress of each start."""
     moments = []
     for _ in range(2):
-        moments.append(round(generator.uniform(0.15, 0.45) * seconds, 1))
+        moments.append(round(generator.uniform(0.05, 0.4) * seconds, 1))
+        begun = time.time()
         child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not any(path.stat().st_mtime > begun for path in out.rglob("*.journal")):
+            time.sleep(0.05)
         time.sleep(moments[-1])
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, "it had ended before it was killed"
@@ -103,7 +106,11 @@ def border_differences(spec: str, video: Path, *, size: int, windows: int = 24) 
                 found.setdefault(distance, []).append((relative, cosine))
         before = tokens
     return [
-        {"distance": distance, "relative": np.mean([r for r, _ in each]), "cosine": np.mean([c for _, c in each])}
+        {
+            "distance": distance,
+            "relative": statistics.mean(r for r, _ in each),
+            "cosine": statistics.mean(c for _, c in each),
+        }
         for distance, each in sorted(found.items())
     ]
 
@@ -125,17 +132,20 @@ def main() -> int:
         video = options.video or make_video(options.clips, root / "long.mp4", options.minutes)
         short = root / "short.mp4"
         subprocess.run(["ffmpeg", "-v", "error", "-i", video, "-t", "60", "-c", "copy", short], check=True)
+        seconds: dict[str, float] = {}
         for name, path, minutes in (("short", short, 1.0), ("long", video, options.minutes)):
             clock, processor, memory = timed(command(options.model, path, root / name, **settings))
             row = {"seconds": clock, "processor_seconds_per_minute": processor / minutes, "peak_mib": memory}
             print(json.dumps({"run": name, "minutes": minutes} | {k: round(v, 1) for k, v in row.items()}), flush=True)
-            seconds = clock
+            seconds[name] = clock
         for row in border_differences(options.model, video, size=options.size):
-            print(json.dumps({key: round(float(value), 4) for key, value in row.items()}), flush=True)
+            print(json.dumps({key: round(value, 4) for key, value in row.items()}), flush=True)
         if options.skip_kills:
             return 0
         arguments = command(options.model, video, root / "killed", **settings)
-        moments = killed_twice(arguments, seconds, random.Random(options.seed))
+        moments = killed_twice(
+            arguments, root / "killed", seconds["long"] - seconds["short"], random.Random(options.seed)
+        )
         same = sums(root / "killed") == sums(root / "long")
         print(json.dumps({"killed_after_s": moments, "is_equal": same}), flush=True)
     return 0 if same else 1
