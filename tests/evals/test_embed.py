@@ -18,8 +18,8 @@ from torch import Tensor
 
 import vjepa
 from data_pipeline.decode import open_decoder
-from evals import embed_rows, embed_windows
-from evals.embed import main, read_embedding
+from evals import embed_rows, embed_windows, read_embedding
+from evals.embed import main
 from evals.embed_config import EmbedConfig
 from evals.embed_windows import FrameStream, VideoWindows, WindowPlan, view_of
 from evals.features import EncoderFeatures
