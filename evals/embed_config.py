@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 
 from evals.labelled_suite import read_pretraining
-from evals.models import HUGGING_FACE, EncoderModel, ForeignModel
+from evals.models import EncoderModel, ForeignModel
 
 Fit = Literal["crop", "whole", "stretch"]
 Pool = Literal["none", "frame", "clip"]
@@ -98,8 +98,8 @@ def trained_geometry(model: EncoderModel | ForeignModel, spec: str) -> dict[str,
             key: next((getattr(config, n) for n in each if hasattr(config, n)), None) for key, each in names.items()
         }
         return {key: value for key, value in found.items() if isinstance(value, int)}
-    path = Path(spec if Path(spec).exists() else spec.partition("=")[2])
-    pretraining = read_pretraining(path) if path.is_dir() and not spec.startswith(f"{HUGGING_FACE}:") else {}
+    given = spec if Path(spec).exists() else spec.partition("=")[2]
+    pretraining = read_pretraining(Path(given)) if given and Path(given).is_dir() else {}
     return {name: pretraining[name] for name in GEOMETRY if name in pretraining}
 
 

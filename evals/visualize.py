@@ -27,7 +27,7 @@ from torch import Tensor
 from data_pipeline.clips import clip_times
 from data_pipeline.decode import frames_at, open_decoder
 from data_pipeline.transforms import make_eval_view
-from evals.embed_config import Fit, make_config
+from evals.embed_config import GEOMETRY, Fit, make_config
 from evals.models import load_model
 from evals.pca import pca_images
 from evals.video_pictures import picture_strip, video_pictures, write_gif, write_mp4
@@ -35,7 +35,6 @@ from vjepa.batch import normalise
 from vjepa.hub import from_pretrained
 from vjepa.nn.encoder import Encoder
 
-GEOMETRY: dict[str, Any] = {"frames": 16, "fps": 4.0, "size": 256}
 CLASS_COLOURS = ("#4aa3df", "#f28c1e", "#3dbb72", "#d64ea1", "#f2d11e", "#8d6fe0", "#e0523f")  # of classes 1, 2, ...
 TINT = 0.6  # share of the class's colour in a coloured token
 INK = "#3a3f47"

@@ -20,9 +20,10 @@ import vjepa
 from data_pipeline.decode import open_decoder
 from evals import embed_rows, embed_windows, read_embedding
 from evals.embed import main
-from evals.embed_config import EmbedConfig
+from evals.embed_config import EmbedConfig, make_config
 from evals.embed_windows import FrameStream, VideoWindows, WindowPlan, view_of
 from evals.features import EncoderFeatures
+from evals.models import load_model
 
 DIE = Path(__file__).parent / "embed_and_die.py"
 ROOT = Path(__file__).parents[2]
@@ -286,3 +287,23 @@ def test_memory_holds_the_frames_of_a_window_whatever_the_length(video: Path, mo
     assert max(held) == 8
     assert max(map(len, asked)) == 3
     assert np.array_equal(np.concatenate(asked), windows.times), "every frame is decoded once, in order"
+
+
+def test_settings_default_to_what_the_model_was_trained_on(tmp_path: Path) -> None:
+    trained_on = {"frames": 8, "fps": 2.0, "size": 112}
+    vjepa.hub.save_pretrained(vjepa.create_model("vit_debug"), tmp_path, extra={"pretraining": trained_on})
+    for spec in (str(tmp_path), f"mine={tmp_path}"):
+        config = make_config(load_model(spec), spec)
+        assert (config.window, config.stride, config.fps, config.size) == (8, 4, 2.0, 112)
+    untrained = make_config(load_model("untrained:vit_debug"), "untrained:vit_debug", fps=3.0)
+    assert (untrained.window, untrained.fps, untrained.size) == (16, 3.0, 256)
+
+
+def test_an_encoder_of_transformers_is_embedded_at_its_own_size(video: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(image_size=32, patch_size=16, **sizes)
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
+    given = ["--model", f"hf:{tmp_path / 'vit'}", "--input", str(video), "--out", str(tmp_path / "out")]
+    assert main([*given, "--window=4", "--stride=2", "--fps=10", "--device=cpu"]) == 0
+    assert read_embedding(tmp_path / "out", "a.mp4").features.shape == (41, 2, 2, 32)
