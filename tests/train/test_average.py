@@ -133,10 +133,9 @@ def test_a_skipped_step_leaves_the_average(
     "spread",
     [
         (),
-        ("train.parallel.mode=fsdp",),
         ("train.parallel.mode=fsdp", BF16),
     ],
-    ids=["ddp", "fsdp", "fsdp, teacher in bf16"],
+    ids=["ddp", "fsdp, teacher in bf16"],
 )
 def test_two_ranks_give_the_average_of_one_process(
     spread: tuple[str, ...],
