@@ -122,6 +122,17 @@ def test_what_follows_the_encoder_goes_on_from_what_followed_it_or_begins_as_it(
         assert_equal(filled.target_encoder, vjepa.from_pretrained(other))
 
 
+@pytest.mark.parametrize(("start", "followed"), [("ema", "target"), ("none", None)])
+def test_an_older_checkpoint_which_does_not_say_what_it_exports_is_read_by_its_target(
+    start: str, followed: str | None, taught: dict[str, Path], teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "read_meta", lambda _: {})
+    filled = student() if start == "ema" else student(*frozen(teacher), "objective.average=0.9")
+    told = load_initial_weights(filled, taught[start])
+    assert told.startswith("encoder, predictor and target of " if followed else "encoder and predictor of ")
+    assert_equal(filled.exported, vjepa.from_pretrained(taught[start] / "exports/primary"))
+
+
 def test_an_export_fills_the_average_too(source: Path, teacher: Path) -> None:
     filled = student(*frozen(teacher), "objective.average=0.9")
     told = load_initial_weights(filled, source / "exports/primary")
