@@ -5,6 +5,7 @@ A frozen teacher is not taken: it is the one that the new recipe names, whatever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -33,11 +34,16 @@ def load_start(path: Path, objective: JEPA, world: World = ALONE) -> str:
     else:
         checkpoint.load_modules(path, taken | {stored: follower})
         said.append(IN_WORDS[stored] if stored == wanted else f"{IN_WORDS[stored]} (as {IN_WORDS[wanted]})")
-    words = " and ".join(filter(None, [", ".join(said[:-1]), said[-1]])) + f" of {path}"
+    words = f"{listed(said)} of {path}"
     if follower is None or stored != "encoder":
         return words
     start(follower, objective.encoder)
     return f"{words}; its {IN_WORDS[wanted]}, which that has not, begins as the encoder"
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def exported_of(path: Path, objective: JEPA) -> str:
