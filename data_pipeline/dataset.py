@@ -150,13 +150,15 @@ class ClipDataset:
         config, found = self.config, {}
         shared = {
             "seed": str(self.seed),
-            "decoder": f"{self.backend} on {config.decode_device}, resized on {config.augment_on}",
+            "resized on": config.augment_on,
             "bad samples": f"above {config.max_pixels} pixels, bytes verified: {config.verify_bytes}, "
             f"{config.bad_attempts} attempts",
         }
         for modality, sources in self.info().items():
             part = config.modalities()[modality]
             found[modality] = shared | {"order": f"{part.order} of {', '.join(sources)}"}
+            if modality == "video":
+                found[modality]["decoder"] = f"{self.backend} on {config.decode_device}"
             for name, told in sources.items():
                 weight = part.sources[name].weight
                 records = f"weight {weight:g}, {told['samples']} samples, {told['bytes']} bytes, {told['fingerprint']}"
