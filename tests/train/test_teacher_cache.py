@@ -209,7 +209,7 @@ def test_a_full_disk_names_file_and_remedy_and_the_run_goes_on_as_if_nothing_had
     own = folder if goes_on_with_it else None
     again = student(tmp_path / "run", "train.checkpoint.every=1", *rest, cache=own, resume=True)
     assert losses(again) == losses(without)
-    assert len(files(folder)) == 2 * ORDINALS - 2 * (not goes_on_with_it)
+    assert (len(files(folder)) == 2 * ORDINALS) == goes_on_with_it
 
 
 def test_a_file_that_cannot_be_read_stops_the_run(student: DebugRun, cache: Path, tmp_path: Path) -> None:

@@ -22,8 +22,11 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import torch
@@ -38,10 +41,12 @@ from vjepa.objectives.collectives import sum_over_ranks
 log = logging.getLogger(__name__)
 FORMAT = 1  # of the files; part of every key
 PER_FOLDER = 1000
+THREADS = 8  # files that are read, or written, at once
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAVE = "or leave the cache out: objective.teacher.cache=null (a run goes on with --resume, its losses are the same)"
 
 Key = Mapping[str, str]
+T = TypeVar("T")
 
 
 class TeacherCache:
@@ -69,19 +74,18 @@ class TeacherCache:
         with _OnAllRanks() as ranks:
             for batch in batches:
                 self._open(batch.modality, device)
-                found.append([self._read(batch, index) for index in range(len(batch))])
+                found.append(_at_once(partial(self._read, batch), range(len(batch))))
             ranks.count = sum(tokens is None for each in found for tokens in each)
         self.was_read = ranks.count == 0
         if self.was_read:
             self.num_read += sum(len(batch) for batch in batches)
             rows = [[tokens for tokens in each if tokens is not None] for each in found]
-            return [torch.stack(each).to(device, torch.float32) for each in rows]
+            return [torch.stack(each).to(device).float() for each in rows]
         targets = compute()
         self.num_computed += sum(len(batch) for batch in batches)
         with _OnAllRanks():
             for batch, target, held in zip(batches, targets, found, strict=True):
-                for index in (index for index, tokens in enumerate(held) if tokens is None):
-                    self._write(batch, index, target[index])
+                _at_once(partial(self._write, batch, target), [i for i, tokens in enumerate(held) if tokens is None])
         return targets
 
     def summary(self) -> str:
@@ -147,8 +151,8 @@ class TeacherCache:
     def _damaged(self, path: Path, why: str) -> None:
         log.warning("objective.teacher.cache: %s is damaged (%s): it is computed and written anew", path, why)
 
-    def _write(self, batch: Batch, index: int, target: Tensor) -> None:
-        tokens = target.detach().to("cpu", self.dtype).contiguous()
+    def _write(self, batch: Batch, targets: Tensor, index: int) -> None:
+        tokens = targets[index].detach().to("cpu", self.dtype).contiguous()
         path = self._path(batch, index)
         content = save({"targets": tokens}, metadata=_record(batch, index) | {"crc32": _checksum(tokens)})
         try:
@@ -198,6 +202,12 @@ def _record(batch: Batch, index: int) -> dict[str, str]:
 
 def _checksum(tokens: Tensor) -> str:
     return str(zlib.crc32(tokens.flatten().view(torch.uint8).numpy().data))
+
+
+def _at_once(action: Callable[[int], T], indices: Iterable[int]) -> list[T]:
+    """Results of all in order, on some threads that last no longer: a loader may fork its workers between two steps."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(action, indices))
 
 
 def _found(path: Path, content: bytes) -> bytes:
