@@ -7,19 +7,24 @@ import errno
 import io
 import json
 import logging
+import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import vjepa
+from tests.objectives.test_losses import micro_batch
 from tests.train.conftest import DebugRun
 from tests.train.ranks import on_ranks, train_debug
 from vjepa.objectives import ObjectiveConfig
 from vjepa.objectives.config import TeacherConfig
 from vjepa.objectives.targets import FrozenTarget
+from vjepa.objectives.teacher_cache import TeacherCache
 
 STEPS = 2
 SMALL = ("data.video.clip.frames=2", "data.video.clip.size=32", "data.image.clip.size=32")
@@ -160,6 +165,38 @@ def test_a_folder_of_other_weights_is_refused(student: DebugRun, filled: Path, t
 def test_images_alone_are_other_passes_but_the_same_files(student: DebugRun, filled: Path, tmp_path: Path) -> None:
     run = student(tmp_path / "run", "train.batch.video=0", "train.micro_batch.video=0", cache=filled)
     assert cached(run) == [1.0] * STEPS
+
+
+@pytest.mark.usefixtures("asleep")
+def test_shards_may_move(student: DebugRun, filled: Path, debug_shards: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(debug_shards, tmp_path / "elsewhere")
+    sources = [f"data.{modality}.sources.debug.path={moved}" for modality in ("video", "image")]
+    assert cached(student(tmp_path / "run", *sources, cache=filled)) == [1.0] * STEPS
+
+
+def test_a_stream_whose_places_name_no_clip_is_refused(student: DebugRun, debug_shards: Path, tmp_path: Path) -> None:
+    how = ["prepare.debug=none", f"data.video.sources.debug.path={sorted(debug_shards.glob('video*.tar'))[0]}"]
+    with pytest.raises(ValueError, match=r"data.video.sources.debug is a webdataset stream.*ingest it"):
+        student(tmp_path / "run", *how, cache=tmp_path / "cache")
+
+
+def test_of_founders_at_once_one_decides_and_the_others_are_refused(tmp_path: Path) -> None:
+    [batch] = micro_batch("video").values()
+    targets = [torch.zeros(len(batch), math.prod(batch.grid), 8)]
+
+    def found(teacher: str) -> str:
+        cache = TeacherCache(tmp_path, teacher={"name": teacher}, clips={"video": {}}, dtype=torch.float32)
+        try:
+            cache.targets([batch], lambda: targets)
+        except ValueError:
+            return "refused"
+        return teacher
+
+    with ThreadPoolExecutor(8) as pool:
+        ends = list(pool.map(found, ["first", "second"] * 8))
+    assert sorted(set(ends)) in (["first", "refused"], ["refused", "second"])
+    assert ends.count("refused") == 8
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("spoil", ["missing", "truncated", "flipped", "empty", "of another record"])
