@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vjepa
 from evals.features import FeatureSet
+from evals.pca import pca_images
 from evals.protocol import IGNORE, EvalConfig, FitConfig, Task
 from evals.tasks import segmentation
 from evals.visualize import (
@@ -23,7 +24,6 @@ from evals.visualize import (
     masks_figure,
     patch_features,
     pca_grid,
-    pca_images,
     trained_geometry,
 )
 
