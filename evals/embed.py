@@ -1,6 +1,6 @@
 """Features of long videos and of folders of videos and images, by sliding windows; killed, it goes on.
 
-    python -m evals.embed --model runs/demo/exports/primary --input VIDEO_OR_FOLDER [...] --out DIR
+    python -m evals.embed --model runs/demo/primary/exports/primary --input VIDEO_OR_FOLDER [...] --out DIR
 
 Memory holds the frames and tokens of one batch of windows, whatever the length. See `embed_folder` for what is
 written and `embed_windows` for how overlaps are settled. Status 1 where files failed, 2 for a wrong command.

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from evals.protocol import TRAINED
 from evals.results import SUMMARY, read_summary_rows
+from launch.chain_check import check_chain, export_of, naming
 from launch.cluster import num_processes, run_locally
 from launch.config import RunConfig, SuiteConfig, load_for_resume, recipe_layers
 from launch.job_order import job_folder, write_whole
 from launch.processes import Trainings
 from launch.report_single import build_report
 from vjepa.config import ConfigError, ModelConfig, merge, to_object
-from vjepa.hub import CONFIG, save_config
+from vjepa.hub import CONFIG
 from vjepa.registry import create_encoder
 from vjepa.train.run_dir import RunDir
 
@@ -166,15 +165,14 @@ def plan_chain(
     configs: dict[str, RunConfig] = {}
     for stage in request.trainings:
         fixed = [f"run_dir={root / stage}", "in_chain=true"] if is_shared else [f"run_dir={root}"]
-        with _naming(stage):
-            previous = list(configs.values())[-1] if configs else None
-            configs[stage] = _load(request, stage, [*own[stage], *fixed], previous, more, resume=resume)
+        with naming(stage):
+            configs[stage] = _load(request, stage, [*own[stage], *fixed], configs, more, resume=resume)
             if not resume:
                 RunDir(configs[stage].run_dir).refuse_existing()
     chain = Chain(request, root, configs)
     if is_alone:
         _refuse_unfinished(chain)
-    _check(chain, world, needs_sources=needs_sources)
+    check_chain(configs, world, suites=chain.suites() if chain.has_evals else None, needs_sources=needs_sources)
     return chain
 
 
@@ -201,15 +199,6 @@ def _root(request: ChainRequest) -> str:
     return node.run_dir
 
 
-@contextmanager
-def _naming(stage: str) -> Iterator[None]:
-    """What is refused says which stage it is of."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"stage {stage}: {error}") from error
-
-
 def _split(request: ChainRequest) -> dict[str, list[str]]:
     """The overrides of each training: key=value is for all, STAGE.key=value for one; run_dir is the chain's."""
     own: dict[str, list[str]] = {stage: [] for stage in request.trainings}
@@ -234,7 +223,7 @@ def _load(
     request: ChainRequest,
     stage: str,
     overrides: list[str],
-    previous: RunConfig | None,
+    before: Mapping[str, RunConfig],
     more: Callable[[RunConfig], Sequence[str]],
     *,
     resume: bool,
@@ -245,8 +234,8 @@ def _load(
     if resume and held.is_file():
         return load_for_resume(held, overrides, stage=stage, options=request.options)
     layers = recipe_layers(request.recipe, stage, request.options)
-    if previous is not None:
-        overrides = [*overrides, *_from_predecessor(layers, overrides, previous)]
+    if before:
+        overrides = [*overrides, *_from_predecessors(layers, overrides, before)]
     if request.eval_every is not None:
         overrides = [*overrides, *_kept_for_evaluation(merge(RunConfig, layers, overrides), request.eval_every)]
     config = to_object(merge(RunConfig, layers, overrides))
@@ -254,21 +243,32 @@ def _load(
     return to_object(merge(RunConfig, layers, [*overrides, *further])) if further else config
 
 
-def _from_predecessor(layers: Sequence[DictConfig], overrides: list[str], previous: RunConfig) -> list[str]:
+def _from_predecessors(
+    layers: Sequence[DictConfig], overrides: list[str], before: Mapping[str, RunConfig]
+) -> list[str]:
     """What the recipe leaves open: its frozen teacher and, where the networks are the same, its first weights."""
     node = merge(RunConfig, layers, overrides)
-    export = _export(previous)
     found = []
     if node.objective.target == "frozen" and node.objective.teacher.path is None:
-        found.append(f"objective.teacher.path={export}")
-    said = OmegaConf.merge(*layers, OmegaConf.from_dotlist(overrides))
-    if "init_from" not in said and _shapes(to_object(node.model)) == _shapes(previous.model):
-        found.append(f"init_from={export}")
+        found.append(f"objective.teacher.path={export_of(_followed(node, 'teacher', before))}")
+    if "init_from" not in OmegaConf.merge(*layers, OmegaConf.from_dotlist(overrides)):
+        start = _followed(node, "start", before)
+        if _shapes(to_object(node.model)) == _shapes(start.model):
+            goes_on = node.objective.target == start.objective.target == "ema"  # encoder, predictor, target: three
+            found.append(f"init_from={start.run_dir if goes_on else export_of(start)}")
     return found
 
 
-def _export(config: RunConfig) -> Path:
-    return Path(config.run_dir) / "exports" / config.stage
+def _followed(node: DictConfig, what: str, before: Mapping[str, RunConfig]) -> RunConfig:
+    """The earlier stage that a stage takes its teacher or its start from: the one its recipe names, or the last."""
+    name = node.follows.get(what, list(before)[-1])
+    if name not in before:
+        instead = "objective.teacher.path" if what == "teacher" else "init_from"
+        raise ConfigError(
+            f"follows.{what}={name}, and no stage {name} comes before it in this chain ({', '.join(before)}): add it, "
+            f"or give {instead}=PATH"
+        )
+    return before[name]
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -289,53 +289,6 @@ def _kept_for_evaluation(node: DictConfig, every: int) -> list[str]:
             "checkpoints that stay can be evaluated by a job that waits in the queue"
         )
     return []
-
-
-# ------------------------------------------------------------------------------------------------------------ checking
-
-
-def _check(chain: Chain, world: Callable[[RunConfig], int], *, needs_sources: bool) -> None:
-    """Refuse what any stage would refuse hours later."""
-    with tempfile.TemporaryDirectory() as folder:
-        stand_ins: dict[Path, Path] = {}
-        for stage, config in chain.configs.items():
-            with _naming(stage):
-                _check_stage(config, stand_ins, world(config), needs_sources=needs_sources)
-            if not (_export(config) / CONFIG).is_file():
-                stand_ins[_export(config).resolve()] = Path(folder) / stage
-                save_config(config.model.encoder_config(), Path(folder) / stage)
-    if chain.has_evals:
-        _check_evals(chain)
-
-
-def _check_stage(config: RunConfig, stand_ins: Mapping[Path, Path], world: int, *, needs_sources: bool) -> None:
-    """As the run itself does, with stand-ins for exports of stages before it."""
-    objective = config.objective
-    path = objective.teacher.path
-    stand_in = None if path is None else stand_ins.get(Path(path).resolve())
-    if stand_in is not None:
-        objective = replace(objective, teacher=replace(objective.teacher, path=str(stand_in)))
-    start = config.init_from
-    if start is not None and not Path(start).exists() and Path(start).resolve() not in stand_ins:
-        raise ConfigError(f"init_from={start} is not there, and no stage before this one makes it")
-    try:
-        replace(config, objective=objective).check(world, needs_sources=needs_sources)
-    except (ValueError, OSError) as error:
-        text = str(error) if stand_in is None else str(error).replace(str(stand_in), str(path))
-        raise ConfigError(text) from error
-
-
-def _check_evals(chain: Chain) -> None:
-    """Evaluations need suites, and their data now or made by a stage's `prepare`."""
-    if not chain.suites():
-        raise ConfigError(f"stage {EVALS}: no training names an evaluation: add evals.SUITE.data=FOLDER")
-    made: set[Path] = set()
-    for config in chain.configs.values():
-        sources = config.data.video.sources | config.data.image.sources
-        made |= {Path(sources[name].path).parent for name in config.prepare if name in sources}
-    for suite, settings in chain.suites().items():
-        if not Path(settings.data).is_dir() and Path(settings.data) not in made:
-            raise ConfigError(f"stage {EVALS}: evals.{suite}.data={settings.data} does not exist")
 
 
 # ------------------------------------------------------------------------------------------------------------- locally
@@ -362,7 +315,7 @@ def _train(config: RunConfig) -> int:
     run = RunDir(config.run_dir)
     run.make()
     status = run_locally(config, resume=run.config.is_file())
-    if status == 0 and config.report:
+    if status == 0 and config.report and config.train.steps:
         print(f"report: {build_report(run.path)}")
     return status
 

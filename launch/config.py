@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,11 +23,12 @@ from vjepa.train.config import TrainConfig
 RECIPES = Path(__file__).parent / "recipes"
 MAKERS = ("none", "debug", "digits", "fine_digits", "real")  # of data, see launch/prepare.py
 ALIASES = {"vitg16": "vit_giant", "vitG16": "vit_gigantic", "vitl16": "vit_large"}  # command line only
-PLANNED_STAGES = ("cooldown", "distill")
+FOLLOWED = ("teacher", "start")
 # What may change between the segments of one run: nothing that alters numbers.
 FREE_ON_RESUME = (
     "run_dir",
     "in_chain",
+    "follows",
     "check_memory",
     "report",
     "evals",
@@ -76,6 +78,9 @@ class RunConfig:
     run_dir: str = "runs/${recipe}"  # where everything about the run goes
     prepare: dict[str, str] = field(default_factory=dict)  # SOURCE: who makes its shards where there are none yet
     init_from: str | None = None  # new run from the weights of a run, an exported folder or a released .pt file
+    init_predictor: bool = False  # of an exported folder or released file too; from a run it always comes along
+    init_optimizer: Literal["fresh", "carry"] = "fresh"  # carry: AdamW's averages of the run of init_from
+    follows: dict[str, str] = field(default_factory=dict)  # in a chain, teacher and start: STAGE; else the one before
     in_chain: bool = False  # one training of several: the summary of all lies in the folder above
     check_memory: bool = True  # refuse to start on a GPU whose memory the plan exceeds (see --dry-run)
     report: bool = False  # write RUN/report/index.html at the end
@@ -91,6 +96,9 @@ class RunConfig:
         for name, maker in self.prepare.items():
             if maker not in MAKERS:
                 raise ValueError(f"prepare.{name}={maker} is unknown: choose one of {', '.join(MAKERS)}")
+        for name in self.follows:
+            if name not in FOLLOWED:
+                raise ValueError(f"follows.{name} is unknown: a stage takes {' and '.join(FOLLOWED)} from others")
         for name in self.evals:
             if name not in SUITES:
                 raise ValueError(f"evals.{name} is unknown. Suites: {', '.join(sorted(SUITES))}")
@@ -98,6 +106,7 @@ class RunConfig:
     def check(self, world: int = 1, *, needs_sources: bool = True) -> int:
         """Refuse combinations that no single field can see; the micro-batches per step and rank."""
         objective = build_objective(self.objective, self.model, self.predictor, seed=0, device="meta")
+        self._check_start()
         self._check_clips(objective.encoder.config)
         self._check_views(objective)
         self._check_masks()
@@ -109,6 +118,17 @@ class RunConfig:
         except ValueError as error:
             raise ConfigError(f"train.{error}" if str(error).startswith("batch") else str(error)) from error
         return count
+
+    def _check_start(self) -> None:
+        """What comes with the first weights needs some."""
+        for name, wants in (("init_predictor=true", self.init_predictor), ("init_optimizer=carry", self.carries)):
+            if wants and self.init_from is None:
+                raise ConfigError(f"{name} needs init_from: the run or the exported weights that it comes with")
+
+    @property
+    def carries(self) -> bool:
+        """Whether the optimizer goes on with another run's averages."""
+        return self.init_optimizer == "carry"
 
     @property
     def masks(self) -> MaskConfig:
@@ -189,8 +209,7 @@ def recipe_path(recipe: str, stage: str) -> Path:
     path = RECIPES / recipe / f"{stage}.yaml"
     if not path.is_file():
         stages = sorted(found.stem for found in path.parent.glob("*.yaml"))
-        planned = " It is planned, not built yet." if stage in PLANNED_STAGES else ""
-        raise ConfigError(f"recipe {recipe!r} has no stage {stage!r}.{planned} Stages: {', '.join(stages)}")
+        raise ConfigError(f"recipe {recipe!r} has no stage {stage!r}. Stages: {', '.join(stages)}")
     return path
 
 

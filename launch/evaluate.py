@@ -283,7 +283,7 @@ def _encoder(job: Job, config: RunConfig) -> Encoder:
     encoder, _ = build_models(config.model, config.predictor, seed=config.train.seed)
     if job.step is not None:
         path = checkpoint.checkpoint_path(RunDir(job.run).checkpoints, job.step)
-        checkpoint.load_module(path, encoder, "target.encoder" if config.objective.target == "ema" else "encoder")
+        checkpoint.load_module(path, encoder, config.objective.exported)
     return encoder
 
 

@@ -1,4 +1,4 @@
-"""From a run to weights that travel: the target encoder in the hub's format."""
+"""From a run to weights that travel: the target encoder, and the predictor beside it, in the hub's format."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from torch import Tensor
 
 from launch.config import RunConfig
 from vjepa import hub
+from vjepa.nn.predictor import Predictor
 from vjepa.registry import create_encoder
 
 
-def export_run(run_dir: Path, config: RunConfig, weights: Mapping[str, Tensor], *, steps: int | None = None) -> Path:
+def export_run(
+    run_dir: Path,
+    config: RunConfig,
+    weights: Mapping[str, Tensor],
+    predictor: Predictor | None = None,
+    *,
+    steps: int | None = None,
+) -> Path:
     """Write RUN/exports/STAGE/: weights, and what is known of their training, which the model card tells.
 
-    `steps` are those that were trained, null in the card where they are not known.
+    The predictor lies in a file of its own, which no reader of the encoder opens: 3 % of a ViT-G's bytes, 17 % of a
+    ViT-L's. `steps` are those that were trained, null in the card where they are not known.
     """
     encoder = create_encoder(config.model.encoder_config(), device="meta")
     encoder.load_state_dict(weights, assign=True)
@@ -33,4 +42,5 @@ def export_run(run_dir: Path, config: RunConfig, weights: Mapping[str, Tensor], 
         "size": clip.size,
         "image_size": config.data.image.clip.size,
     }
-    return hub.save_pretrained(encoder, run_dir / "exports" / config.stage, extra={"pretraining": trained_on})
+    folder = run_dir / "exports" / config.stage
+    return hub.save_pretrained(encoder, folder, predictor=predictor, extra={"pretraining": trained_on})

@@ -25,7 +25,7 @@ from data_pipeline.loader import build_loader
 from evals.results import update_summary
 from launch.config import RunConfig, load_config, load_for_resume, numbers_hash
 from launch.export import export_run
-from launch.init_from import load_initial_weights
+from launch.init_from import load_initial_weights, optimizer_checkpoint
 from launch.plan import refuse_if_too_large
 from launch.preflight import PreflightError, check_all_reduce
 from launch.prepare import prepare_data
@@ -33,6 +33,7 @@ from launch.segments import NoteKind
 from vjepa.batch import MicroBatch
 from vjepa.config import ConfigError, to_yaml
 from vjepa.masking.collate import MaskCollator
+from vjepa.nn.predictor import Predictor
 from vjepa.objectives import JEPA, build_objective
 from vjepa.objectives.build import load_teacher
 from vjepa.objectives.checks import freeze_unused
@@ -77,13 +78,16 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag, store: Store | Non
             fill=lambda objective: _fill(config, objective, world, is_new=is_new),
             data_counters=data_figures,
         )
+        if is_new and (carried := optimizer_checkpoint(config)) is not None:
+            trainer.carry_optimizer(carried)
+            say(world, f"going on with the optimizer of {carried}")
         if resume:
             step = trainer.resume()
             say(world, f"resumed from step {step}" + ("" if step else f": {run.path} holds no complete checkpoint"))
         say(world, _summary_line(config, world, objective, num_micro_batches, frozen))
         trainer.fit(stop)
-        weights = trainer.export_state()  # of shards: all ranks take part
-        world.on_main(lambda: _finish(config, run, trainer, weights))
+        weights, predictor = trainer.export_state(), trainer.export_predictor()  # of shards: all ranks take part
+        world.on_main(lambda: _finish(config, run, trainer, weights, predictor))
 
 
 def check_memory(config: RunConfig, world: World) -> None:
@@ -98,7 +102,8 @@ def _fill(config: RunConfig, objective: JEPA, world: World, *, is_new: bool) -> 
     objective.initialise(seed=config.train.seed, weight_std=config.model.init_std)
     load_teacher(objective)
     if config.init_from is not None and is_new:
-        say(world, f"starting from {load_initial_weights(objective, config.init_from, world)}")
+        taken = load_initial_weights(objective, config.init_from, world, predictor=config.init_predictor)
+        say(world, f"starting from {taken}")
 
 
 def _open_run(run: RunDir, config: RunConfig, resume: bool) -> None:
@@ -151,13 +156,16 @@ def _batches(
     return stream
 
 
-def _finish(config: RunConfig, run: RunDir, trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
-    """Export the target encoder and note the figures in the summary, once the last step is saved."""
-    export_run(run.path, config, weights, steps=trainer.step)
+def _finish(
+    config: RunConfig, run: RunDir, trainer: Trainer, weights: Mapping[str, Tensor], predictor: Predictor | None
+) -> None:
+    """Export target encoder and predictor and note the figures in the summary, once the last step is saved."""
+    export_run(run.path, config, weights, predictor, steps=trainer.step)
+    loss = trainer.recorder.final_loss if trainer.step else None
     figures = {
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 3),
-        "final_loss": trainer.recorder.final_loss,
+        "final_loss": loss,
     }
 
     def note(summary: dict[str, Any]) -> None:
@@ -169,7 +177,7 @@ def _finish(config: RunConfig, run: RunDir, trainer: Trainer, weights: Mapping[s
         summary |= {name: value for name, value in before.items() if name not in summary}
 
     path = update_summary(config.summary_folder(run.path), note)
-    print(f"done: {trainer.step} steps, final loss {trainer.recorder.final_loss:.4f}; {path}")
+    print(f"done: {trainer.step} steps" + ("" if loss is None else f", final loss {loss:.4f}") + f"; {path}")
 
 
 def _summary_line(

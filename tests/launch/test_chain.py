@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.chain import ChainRequest, plan_chain, read_stages
+from launch.config import RECIPES
 from launch.job_words import duration, how_ended, why_pending
 from launch.status import StatusError, read_status
 from vjepa.config import ConfigError
@@ -33,9 +34,35 @@ def test_a_student_of_another_shape_or_a_recipe_that_says_so_begins_anew(tmp_pat
     assert said.configs["cooldown"].init_from is None
 
 
+def test_a_stage_may_follow_an_earlier_one_than_the_last(tmp_path: Path) -> None:
+    student = ["cooldown.model.depth=2", "cooldown.init_from=null"]
+    stages = ("primary", "cooldown", "again")
+    (recipes := tmp_path / "recipes" / "debug").mkdir(parents=True)
+    for path in (RECIPES / "debug").glob("*.yaml"):
+        (recipes / path.name).write_text(path.read_text())
+    (recipes / "again.yaml").write_text("extends: cooldown.yaml\nfollows: {teacher: primary, start: cooldown}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launch.config.RECIPES", tmp_path / "recipes")
+        asked = request(tmp_path / "run", *student, "again.model.depth=2", stages=stages)
+        again = plan_chain(asked, resume=False).configs["again"]
+        with pytest.raises(ConfigError, match="no stage primary comes before it"):
+            plan_chain(request(tmp_path / "run", "cooldown.objective.teacher.path=x", stages=stages[1:]), resume=False)
+    assert again.objective.teacher.path == str(tmp_path / "run" / "primary" / "exports" / "primary")
+    assert again.init_from == str(tmp_path / "run" / "cooldown" / "exports" / "cooldown")
+
+
+def test_a_moving_teacher_goes_on_from_the_run_before_it(tmp_path: Path) -> None:
+    ema = ("cooldown.objective.target=ema", "cooldown.init_optimizer=carry")
+    assert plan_chain(request(tmp_path, *ema), resume=False).configs["cooldown"].init_from == str(tmp_path / "primary")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["cooldown.init_predictor=true", "cooldown.predictor.depth=1"], "stage cooldown: .*depth=1 here, 2 there"),
+        (["cooldown.init_predictor=true", "cooldown.init_from=null"], "init_predictor=true needs init_from"),
+        (["cooldown.init_optimizer=carry", "cooldown.init_from=null"], "init_optimizer=carry needs init_from"),
+        (["cooldown.follows={pupil: primary}"], "follows.pupil is unknown"),
         (["cooldown.model.patch_size=8"], "stage cooldown: objective.teacher.path=.*primary: its patch_size is 16"),
         (["cooldown.train.batch.video=7"], "stage cooldown: .*must divide by the 4 ranks"),
         (["cooldwn.train.steps=3"], "cooldwn is neither a stage of this chain"),
@@ -52,8 +79,8 @@ def test_a_broken_later_stage_is_refused_and_nothing_is_written(
 
 
 def test_stages_that_do_not_exist_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'debug' has no stage 'distill'"):
-        plan_chain(request(tmp_path, stages=("primary", "distill")), resume=False)
+    with pytest.raises(ConfigError, match="'debug' has no stage 'destil'"):
+        plan_chain(request(tmp_path, stages=("primary", "destil")), resume=False)
     with pytest.raises(ConfigError, match="no training names an evaluation"):
         plan_chain(request(tmp_path, stages=("primary", "evals")), resume=False)
     for text in ("primary,evals,cooldown", "primary,,evals", "primary,primary"):

@@ -1,5 +1,6 @@
 """A new run from weights begins at step 0 with them, and says which it took."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,53 @@ def test_exported_weights_fill_encoder_and_target_and_leave_the_predictor(source
     assert filled.predictor is not None
     before = fresh.predictor.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in filled.predictor.state_dict().items())
+
+
+def test_the_predictor_of_an_export_comes_where_it_is_asked_for(source: Path) -> None:
+    filled, fresh, export = objective(), objective(), source / "exports/primary"
+    assert load_initial_weights(filled, export, predictor=True) == f"encoder, target and predictor of {export}"
+    stored = vjepa.hub.predictor_from_pretrained(export)
+    assert stored is not None
+    assert filled.predictor is not None
+    mine = filled.predictor.state_dict()
+    assert all(torch.equal(value, mine[name]) for name, value in stored.state_dict().items())
+    with pytest.raises(WeightsError, match=r"predictor of .* is another one: depth=1 here, 2 there"):
+        load_initial_weights(objective("predictor.depth=1"), export, predictor=True)
+    assert fresh.predictor is not None
+
+
+def test_the_optimizer_goes_on_where_it_is_asked_to(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step with the averages of the run before is another step than one that begins without."""
+    rates = ("train.optim.lr.start=1e-3", "train.optim.lr.warmup_steps=0", "train.steps=1", "data.workers=0")
+    weights: dict[str, torch.Tensor] = {}
+    for name in ("fresh", "carry"):
+        asked = [f"run_dir={tmp_path / name}", *rates, f"init_from={source}", f"init_optimizer={name}"]
+        train(load_config("debug", "primary", asked), resume=False, stop=StopFlag())
+        path = tmp_path / name / "exports/primary"
+        weights[name] = vjepa.from_pretrained(path).state_dict()["blocks.0.mlp.fc1.weight"]
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        assert '"lr": 0.001' in rows[0], "the rate is the new run's own"
+    assert f"going on with the optimizer of {source}/checkpoints/step_00000002" in capsys.readouterr().out
+    assert not torch.equal(weights["fresh"], weights["carry"])
+    export = source / "exports/primary"
+    asked = [f"run_dir={tmp_path / 'export'}", *rates, f"init_from={export}", "init_optimizer=carry"]
+    train(load_config("debug", "primary", asked), resume=False, stop=StopFlag())
+    assert "going on with the optimizer of" in capsys.readouterr().out, "an export lies in its run"
+    shutil.copytree(export, tmp_path / "weights")
+    asked = [f"run_dir={tmp_path / 'none'}", *rates, f"init_from={tmp_path / 'weights'}", "init_optimizer=carry"]
+    with pytest.raises(ConfigError, match="exported weights hold no optimizer"):
+        train(load_config("debug", "primary", asked), resume=False, stop=StopFlag())
+    other = [
+        f"run_dir={tmp_path / 'other'}",
+        *rates,
+        f"init_from={source}",
+        "init_optimizer=carry",
+        "objective.terms.context_prediction=null",
+    ]
+    with pytest.raises(CheckpointError, match=r"the optimizer of checkpoint .*context_head.*not trained here"):
+        train(load_config("debug", "primary", other), resume=False, stop=StopFlag())
 
 
 def test_the_run_begins_at_its_first_step_and_resumes_its_own(

@@ -34,8 +34,11 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 def weights(run_dir: Path) -> Tensor:
-    state = vjepa.from_pretrained(run_dir / "exports" / "primary").state_dict()
-    return torch.cat([state[name].flatten() for name in sorted(state)])
+    """Of the exported encoder and, where the run has one, its predictor."""
+    export = run_dir / "exports" / "primary"
+    networks = [vjepa.from_pretrained(export), vjepa.hub.predictor_from_pretrained(export)]
+    states = [network.state_dict() for network in networks if network is not None]
+    return torch.cat([state[name].flatten() for state in states for name in sorted(state)])
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,20 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def network_facts(config: EncoderConfig) -> dict[str, str]:
+    """What decides an encoder's numbers and cannot be seen in the shapes of its weights, label -> words."""
+    return {
+        "token": f"{config.tubelet_size} frames x {config.patch_size} x {config.patch_size} pixels",
+        "levels": f"{words(config.levels)} (0-based blocks)",
+        "rope": f"{config.rope}, positions {'scaled to a grid of 16' if config.interpolate_rope else 'not scaled'}",
+        "images": "their own tokenizer" if config.image_tokenizer else "the frame repeated to a tubelet",
+    }
+
+
+def words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def num_parameters(module: Encoder | Predictor) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -85,10 +99,7 @@ def _weights(
     rows = [
         ("Encoder", f"{config.embed_dim} wide, {config.depth} blocks, {config.num_heads} heads"),
         ("Parameters", f"{num_parameters(encoder):,}"),
-        ("Token", f"{config.tubelet_size} frames x {config.patch_size} x {config.patch_size} pixels"),
-        ("Positions", f"RoPE {config.rope}, {'scaled to a grid of 16' if config.interpolate_rope else 'not scaled'}"),
-        ("Levels (0-based blocks)", ", ".join(map(str, config.levels))),
-        ("Images", "their own tokenizer" if config.image_tokenizer else "the frame repeated to a tubelet"),
+        *((label.capitalize().replace("Rope", "RoPE"), told) for label, told in network_facts(config).items()),
         ("Stored as", dtype),
         ("SHA-256 of model.safetensors", f"`{sha256}`"),
         ("Licence", licence or "not stated by the exporter"),
@@ -102,9 +113,6 @@ def _weights(
 
 
 def _training(trained_on: Mapping[str, Any]) -> list[tuple[str, str]]:
-    def words(value: Any) -> str:
-        return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
     return [(LABELS.get(name, name), words(value)) for name, value in trained_on.items() if value is not None]
 
 

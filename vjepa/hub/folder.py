@@ -7,7 +7,6 @@ are read back into fp32, and what the rounding does to the features is measured 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from vjepa.hub.card import model_card, preprocessor
+from vjepa.hub.files import check_digests, file_digest, read_json, read_safetensors
 from vjepa.hub.strict import WeightsError, load_strict, write_atomically
 from vjepa.nn.attention import BackendName
 from vjepa.nn.encoder import Encoder, EncoderConfig
@@ -53,24 +53,25 @@ def save_pretrained(
     `extra` is kept in config.json for the reader; of it `pretraining` (a flat mapping: recipe, steps, frames, fps,
     size, ...) is told in the card, and frames, fps and size go into the preprocessor file.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    folder = Path(folder)
+    folder, weights = Path(folder), stored_as(encoder.state_dict(), dtype)
+    beside = None if predictor is None else stored_as(predictor.state_dict(), dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    rounding = None if dtype == "fp32" else rounding_difference(encoder, dtype)
-    _save(encoder, folder / WEIGHTS, dtype)
+    rounding = None if dtype == "fp32" else rounding_difference(encoder, weights)
+    digests = {WEIGHTS: _save(weights, folder / WEIGHTS)}
     told = {"dtype": dtype, **(extra or {})}
-    if predictor is not None:
-        _save(predictor, folder / PREDICTOR_WEIGHTS, dtype)
+    if predictor is not None and beside is not None:
+        digests[PREDICTOR_WEIGHTS] = _save(beside, folder / PREDICTOR_WEIGHTS)
         told["predictor"] = asdict(predictor.config)
+    else:
+        (folder / PREDICTOR_WEIGHTS).unlink(missing_ok=True)  # of an export before this one
     trained_on = (extra or {}).get("pretraining", {})
     _write_json(folder / PREPROCESSOR, preprocessor(encoder.config, trained_on))
     card = model_card(
-        folder.name, encoder, trained_on, sha256=file_digest(folder / WEIGHTS), dtype=dtype, rounding=rounding,
+        folder.name, encoder, trained_on, sha256=digests[WEIGHTS], dtype=dtype, rounding=rounding,
         predictor=predictor, licence=licence,
     )  # fmt: skip
     write_atomically(folder / CARD, lambda path: path.write_text(card))
-    save_config(encoder.config, folder, extra=told)  # last: a folder that has it is whole
+    save_config(encoder.config, folder, extra={**told, "sha256": digests})  # last: it says the rest is there
     return folder
 
 
@@ -84,20 +85,17 @@ def save_config(config: EncoderConfig, folder: Path | str, *, extra: Mapping[str
 def read_encoder(folder: Path, *, attention: BackendName = "auto") -> Encoder:
     """The encoder of a folder of ours, in fp32."""
     encoder = Encoder(read_encoder_config(folder), attention=attention)
-    load_strict(encoder, _load(folder / WEIGHTS), source=str(folder / WEIGHTS))
+    load_strict(encoder, read_safetensors(folder / WEIGHTS), source=str(folder / WEIGHTS))
     return encoder
 
 
 def read_predictor(folder: Path, *, attention: BackendName = "auto") -> Predictor | None:
     """The predictor of a folder of ours, None where it holds none."""
-    stored = read_config(folder).get("predictor")
-    if stored is None:
+    config = read_predictor_config(folder)
+    if config is None:
         return None
-    try:
-        predictor = Predictor(PredictorConfig(**stored), attention=attention)
-    except TypeError as error:
-        raise WeightsError(f"{folder / CONFIG}: the predictor's configuration does not fit: {error}") from error
-    load_strict(predictor, _load(folder / PREDICTOR_WEIGHTS), source=str(folder / PREDICTOR_WEIGHTS))
+    predictor = Predictor(config, attention=attention)
+    load_strict(predictor, read_safetensors(folder / PREDICTOR_WEIGHTS), source=str(folder / PREDICTOR_WEIGHTS))
     return predictor
 
 
@@ -108,59 +106,83 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
             f"{folder / CONFIG}: format_version is {stored.get('format_version')!r}, this code reads {FORMAT_VERSION}"
         )
     try:
-        return EncoderConfig(**stored["encoder"])
-    except TypeError as error:
+        return EncoderConfig(**stored.get("encoder", {}))
+    except (TypeError, ValueError) as error:
         raise WeightsError(
             f"{folder / CONFIG}: the encoder's configuration does not fit this version: {error}"
         ) from error
 
 
+def read_predictor_config(folder: Path) -> PredictorConfig | None:
+    """None where the folder holds no predictor."""
+    stored = read_config(folder).get("predictor")
+    try:
+        return None if stored is None else PredictorConfig(**stored)
+    except TypeError as error:
+        raise WeightsError(f"{folder / CONFIG}: the predictor's configuration does not fit: {error}") from error
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """What config.json holds; FileNotFoundError says what to give instead of a folder without one."""
     path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {CONFIG}: give a folder written by vjepa.hub.save_pretrained (RUN/exports/STAGE), a "
-            "folder of a VJEPA2Model saved by transformers, or a released .pt file. Nothing is downloaded by name."
-        )
-    return json.loads(path.read_text())
+    if path.is_file():
+        return read_json(path)
+    if exports := sorted(found.parent for found in folder.glob(f"exports/*/{CONFIG}")):
+        raise FileNotFoundError(f"{folder} is a run: give one of its exports, {', '.join(map(str, exports))}")
+    raise FileNotFoundError(
+        f"{folder} {f'holds no {CONFIG}' if folder.is_dir() else 'does not exist'}: give a folder written by "
+        "vjepa.hub.save_pretrained (RUN/exports/STAGE), a folder of a VJEPA2Model saved by transformers, or a released "
+        ".pt file. Nothing is downloaded by name."
+    )
+
+
+def verify(folder: Path) -> list[str]:
+    """Compare every file of a folder of ours with the SHA-256 in its config.json; their names.
+
+    Not part of loading, which every rank of a node does at once: 500 MB take 0.56 s of a core, and a ViT-G has 7.4 GB.
+    """
+    known = read_config(folder).get("sha256")
+    if not known:
+        raise WeightsError(f"{folder / CONFIG} has no SHA-256 of its files: only folders of ours written with it do")
+    check_digests(folder, known)
+    return list(known)
+
+
+def stored_as(weights: Mapping[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
+    """Weights as they are written to a file; ValueError for a dtype that is unknown or too narrow for a value."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    stored = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in weights.items()}
+    if dtype != "fp32":
+        for name, value in stored.items():
+            if not value.isfinite().all():
+                raise ValueError(f"dtype={dtype}: {name} has values beyond its range; use bf16")
+    return stored
 
 
 @torch.no_grad()
-def rounding_difference(encoder: Encoder, dtype: Dtype) -> Rounding:
-    """Features of a random clip with weights rounded to `dtype`, against those with the weights as they are."""
+def rounding_difference(encoder: Encoder, rounded: Mapping[str, Tensor]) -> Rounding:
+    """Features of a random clip with the rounded weights, against those with the encoder's own."""
     clips = probe_clips(encoder)
-    rounded = copy.deepcopy(encoder)
-    for name, parameter in rounded.named_parameters():
-        parameter.copy_(parameter.to(DTYPES[dtype]))
-        if not parameter.isfinite().all():
-            raise ValueError(f"dtype={dtype}: {name} has values beyond its range; use bf16")
-    exact, coarse = encoder(clips), rounded(clips)
+    other = copy.deepcopy(encoder)
+    other.load_state_dict(rounded)
+    exact, coarse = encoder(clips), other(clips)
     difference = coarse - exact
     return Rounding(float(difference.abs().max()), float(difference.norm() / exact.norm()))
 
 
-def probe_clips(encoder: Encoder, *, tubelets: int = 2, patches: int = 4, count: int = 1, seed: int = 0) -> Tensor:
-    """Small random normalised clips for comparisons: [count, C, T, H, W], on the encoder's device."""
+def probe_clips(encoder: Encoder, *, patches: int = 4) -> Tensor:
+    """A random normalised clip of two time steps for comparisons: [1, C, T, H, W], on the encoder's device."""
     size = patches * encoder.patch_size
-    shape = (count, encoder.config.in_chans, tubelets * encoder.tubelet_size, size, size)
-    clips = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    shape = (1, encoder.config.in_chans, 2 * encoder.tubelet_size, size, size)
+    clips = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return clips.to(next(encoder.parameters()).device)
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _save(module: nn.Module, path: Path, dtype: Dtype) -> None:
-    state = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in module.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(state, temporary))
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    return {name: value.float() for name, value in load_file(path).items()}
+def _save(weights: Mapping[str, Tensor], path: Path) -> str:
+    """Write weights; the file's SHA-256."""
+    write_atomically(path, lambda temporary: save_file(dict(weights), temporary))
+    return file_digest(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -8,16 +8,15 @@ default, of which only token 0 was ever trained: it is token 0 that is read, and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vjepa.batch import MODALITIES
+from vjepa.hub.files import read_json, read_safetensors
 from vjepa.hub.folder import CONFIG, WEIGHTS, read_config
 from vjepa.hub.layouts import encoder_heads
 from vjepa.hub.strict import Names, WeightsError, load_strict, rename
@@ -146,12 +145,12 @@ def _refuse_other_numbers(stored: Mapping[str, Any], source: str) -> None:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of one file or several, fp32, without the classifier's prefix and head."""
     if (folder / SHARDS).is_file():
-        files = sorted(set(json.loads((folder / SHARDS).read_text())["weight_map"].values()))
+        files = sorted(set(read_json(folder / SHARDS).get("weight_map", {}).values()))
     else:
         files = [WEIGHTS]
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: only safetensors are read")
-    weights = {key: value.float() for name in files for key, value in load_file(folder / name).items()}
+    weights = {key: value for name in files for key, value in read_safetensors(folder / name).items()}
     weights = {key.removeprefix("vjepa2."): value for key, value in weights.items()}
     return {key: value for key, value in weights.items() if not key.startswith(CLASSIFIER_PARTS)}
 

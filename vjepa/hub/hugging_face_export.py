@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD
-from vjepa.hub.folder import CARD, CONFIG, DTYPES, WEIGHTS, Dtype, file_digest, probe_clips
+from vjepa.hub.files import file_digest
+from vjepa.hub.folder import CARD, CONFIG, DTYPES, WEIGHTS, Dtype, probe_clips, stored_as
 from vjepa.hub.hugging_face import (
     ENCODER_NAMES,
     FIELDS_OF_2_1,
@@ -61,12 +62,12 @@ def export_hf(
             f"size={size} and frames={frames} must be multiples of patch_size={encoder.patch_size} and "
             f"tubelet_size={encoder.tubelet_size}"
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = rename(_parted(encoder.state_dict()), swapped(ENCODER_NAMES))
     if predictor is not None:
         state |= _hf_predictor_state(predictor)
-    state = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in state.items()}
+    state = stored_as(state, dtype)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     config = _hf_config(encoder.config, None if predictor is None else predictor.config, size, frames, dtype)
     for name, content in ((VIDEO_PREPROCESSOR, _hf_preprocessor(size)), (CONFIG, config)):
@@ -78,8 +79,11 @@ def export_hf(
 
 
 @torch.no_grad()
-def compare_with_transformers(encoder: Encoder, folder: Path | str) -> float:
-    """Largest difference between our features and those of the folder's VJEPA2Model, on a random clip of its size."""
+def compare_with_transformers(encoder: Encoder, folder: Path | str, predictor: Predictor | None = None) -> float:
+    """Largest difference between our features (and predictions) and those of the folder's VJEPA2Model.
+
+    On one random clip of its size; the predictor reads the first half of the tokens and predicts the other half.
+    """
     try:
         from transformers import VJEPA2Model
     except ImportError as error:
@@ -87,8 +91,19 @@ def compare_with_transformers(encoder: Encoder, folder: Path | str) -> float:
     model = VJEPA2Model.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
     patches = model.config.crop_size // encoder.patch_size
     clips = probe_clips(encoder, patches=patches).cpu()
-    theirs = model(clips.transpose(1, 2), skip_predictor=True).last_hidden_state
-    return float((encoder.cpu().eval()(clips) - theirs).abs().max())
+    ours = encoder.cpu().eval()(clips)
+    places = torch.arange(ours.shape[1])[None]
+    context, masked = places.tensor_split(2, dim=1)
+    theirs = model(
+        clips.transpose(1, 2), context_mask=[context], target_mask=[masked], skip_predictor=predictor is None
+    )
+    difference = float((ours - theirs.last_hidden_state).abs().max())
+    if predictor is None:
+        return difference
+    predicted, _ = predictor.cpu().eval()(
+        ours[:, : context.shape[1]], context=context, masked=masked, grid=encoder.grid(clips), modality="video"
+    )
+    return max(difference, float((predicted - theirs.predictor_output.last_hidden_state).abs().max()))
 
 
 def _not_version_2(config: EncoderConfig) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vjepa.hub import folder as own
-from vjepa.hub.card import num_parameters
+from vjepa.hub.card import network_facts, num_parameters, words
 from vjepa.hub.hugging_face import read_hf_configs
 from vjepa.hub.layouts import ReleasedPredictor, clean
 from vjepa.hub.pretrained import is_hugging_face
@@ -56,10 +55,9 @@ def _own(path: Path) -> dict[str, str]:
         "model": size_name(config),
         **_encoder(config),
     }
-    facts |= {str(name): _words(value) for name, value in stored.get("pretraining", {}).items() if value is not None}
-    if "predictor" in stored:
-        facts["predictor"] = _predictor(PredictorConfig(**stored["predictor"]))
-    return facts
+    facts |= {str(name): words(value) for name, value in stored.get("pretraining", {}).items() if value is not None}
+    predictor = own.read_predictor_config(path)
+    return facts if predictor is None else {**facts, "predictor": _predictor(predictor)}
 
 
 def _hugging_face(path: Path) -> dict[str, str]:
@@ -88,10 +86,7 @@ def _encoder(config: EncoderConfig) -> dict[str, str]:
     return {
         "parameters": f"{parameters:,}",
         "width, blocks, heads": f"{config.embed_dim}, {config.depth}, {config.num_heads}",
-        "token": f"{config.tubelet_size} frames x {config.patch_size} x {config.patch_size} pixels",
-        "levels": f"{', '.join(map(str, config.levels))} (0-based blocks)",
-        "rope": f"{config.rope}, positions {'scaled to a grid of 16' if config.interpolate_rope else 'not scaled'}",
-        "images": "their own tokenizer" if config.image_tokenizer else "the frame repeated to a tubelet",
+        **network_facts(config),
     }
 
 
@@ -102,7 +97,3 @@ def _predictor(config: PredictorConfig) -> str:
         f"{parameters:,} parameters, {config.embed_dim} wide, {config.depth} blocks; reads {config.num_levels} "
         f"level{'s' if config.num_levels > 1 else ''}, gives {config.target_dim} channels"
     )
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -240,7 +240,10 @@ def encoder_heads(dim: int, depth: int, asked: int | None, source: str) -> int:
         raise WeightsError(f"{source}: num_heads={asked}, but {name} ({dim} x {depth}) has {heads}; leave it out")
     heads = asked or heads
     if heads < 1 or dim % heads or (asked is None and name is None and dim % HEAD_DIM):
-        raise WeightsError(f"{source}: {dim} channels do not divide into heads of {HEAD_DIM}: give num_heads")
+        raise WeightsError(
+            f"{source}: {dim} channels do not divide into heads of {HEAD_DIM}: give num_heads to "
+            "vjepa.hub.import_official"
+        )
     return heads
 
 

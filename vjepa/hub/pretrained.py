@@ -12,7 +12,7 @@ from vjepa.hub.released import import_encoder, import_official, read_checkpoint,
 from vjepa.hub.strict import WeightsError
 from vjepa.nn.attention import BackendName
 from vjepa.nn.encoder import Encoder, EncoderConfig
-from vjepa.nn.predictor import Predictor
+from vjepa.nn.predictor import Predictor, PredictorConfig
 
 
 def from_pretrained(
@@ -55,6 +55,15 @@ def encoder_config(path: Path | str) -> EncoderConfig:
     if is_hugging_face(path):
         return hugging_face.read_hf_configs(path)[0]
     return own.read_encoder_config(path)
+
+
+def predictor_config(path: Path | str) -> PredictorConfig | None:
+    """The configuration of what `predictor_from_pretrained` would give; of a folder of ours without its weights."""
+    path = Path(path)
+    if path.is_file() or is_hugging_face(path):
+        predictor = predictor_from_pretrained(path)
+        return None if predictor is None else predictor.config
+    return own.read_predictor_config(path)
 
 
 def is_hugging_face(path: Path) -> bool:

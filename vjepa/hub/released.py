@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from vjepa.hub.files import read_torch
 from vjepa.hub.layouts import (
     VJEPA2,
     VJEPA21,
@@ -63,8 +63,6 @@ def import_official(
     *,
     num_heads: int | None = None,
     predictor_num_heads: int = 12,
-    crop_size: int | None = None,
-    num_frames: int | None = None,
     key: str | None = None,
     rope: RopeLayout | None = None,
     levels: Sequence[int] | None = None,
@@ -76,18 +74,11 @@ def import_official(
     `rope` or `levels` that contradict them are refused. Head counts cannot be read off: those of the released sizes,
     else one head per 64 channels; the predictor's are 12. `key` names the encoder's entry; by default ema_encoder,
     target_encoder, encoder are tried and the log says which was taken. Of the mask tokens only the first was ever
-    trained (reference 1.5), so it serves both modalities. `crop_size` and `num_frames`, where given, are checked to be
-    multiples of patch and tubelet.
+    trained (reference 1.5), so it serves both modalities.
     """
     checkpoint = read_checkpoint(Path(path))
     released, encoder = _encoder(checkpoint, Path(path), key, num_heads, rope, levels, attention)
     predictor = _predictor(checkpoint, released, encoder, predictor_num_heads, attention)
-    for name, value, unit in (
-        ("crop_size", crop_size, encoder.patch_size),
-        ("num_frames", num_frames, encoder.tubelet_size),
-    ):
-        if value is not None and value % unit:
-            raise ValueError(f"{name}={value} is not a multiple of {unit}, the size of a token in {path}")
     return encoder, predictor
 
 
@@ -98,14 +89,9 @@ def import_encoder(path: Path | str, *, attention: BackendName = "auto") -> Enco
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The dictionary in a .pt file, its tensors mapped into memory; WeightsError where it holds no predictor."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise WeightsError(f"{path} cannot be read as a torch checkpoint: {error}") from error
+    checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("predictor"), Mapping):
-        found = sorted(checkpoint)[:10] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        found = sorted(map(str, checkpoint))[:10] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise WeightsError(
             f"{path} is no V-JEPA training checkpoint: no 'predictor' entry, found {found}"
             + (f"; {nearest(checkpoint)}" if isinstance(checkpoint, dict) else "")

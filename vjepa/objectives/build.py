@@ -94,4 +94,4 @@ def _teacher(config: ObjectiveConfig, attention: BackendName, device: Any) -> Fr
             teacher = Encoder(found, attention=attention)
     else:
         teacher = from_pretrained(config.teacher.path, attention=attention, device=device)
-    return FrozenTarget(teacher, teacher_levels(config.teacher, found))
+    return FrozenTarget(teacher, teacher_levels(config.teacher, found), config.teacher.precision)

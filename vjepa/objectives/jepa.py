@@ -17,6 +17,7 @@ from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, latent_flops, predic
 from vjepa.nn.init import WEIGHT_STD, initialise
 from vjepa.nn.latent import Latent, LatentInference, latent_noise
 from vjepa.nn.predictor import Predictor, Query
+from vjepa.objectives.average import follow, follower_of, start
 from vjepa.objectives.checks import check_together
 from vjepa.objectives.config import ObjectiveConfig
 from vjepa.objectives.embeddings import Embeddings, Nested, StepEmbeddings
@@ -74,6 +75,7 @@ class JEPA(nn.Module):
         self.encoder = encoder
         self.predictor = predictor
         self.target = self._build_target(encoder, teacher)
+        self.average = None if config.average is None else follower_of(encoder)  # never in the loss
         if predictor is not None and config.latent.kind != "none":
             self._build_latent(predictor)
         self.wanted = Wanted(masks=predictor is not None, whole=config.target == "online", crops=self._uses_views())
@@ -128,17 +130,24 @@ class JEPA(nn.Module):
 
     @property
     def exported(self) -> Encoder:
-        """The encoder that a run is made for: the EMA target where there is one, otherwise the one that is trained."""
-        return self.target.encoder if isinstance(self.target, EmaTarget) else self.encoder
+        """The encoder that a run is made for: an average of the trained one where there is one, else that itself."""
+        found = self.get_submodule(self.config.exported)
+        assert isinstance(found, Encoder)
+        return found
+
+    @property
+    def follower(self) -> Encoder | None:
+        """The encoder that follows the trained one, as EMA target or as its average."""
+        return None if self.exported is self.encoder else self.exported
 
     def initialise(self, *, seed: int, weight_std: float = WEIGHT_STD) -> None:
-        """Fill every trained parameter, whole or in shards, from the seed; an EMA target begins as the encoder."""
+        """Fill every trained parameter, whole or in shards, from the seed; what follows the encoder begins as it."""
         initialise(self.encoder, scope="encoder", seed=seed, weight_std=weight_std)
         if self.predictor is not None:
             initialise(self.predictor, scope="predictor", seed=seed, weight_std=weight_std)
         self._initialise_heads(seed=seed, weight_std=weight_std)
-        if isinstance(self.target, EmaTarget):
-            self.target.start_from(self.encoder)
+        if self.follower is not None:
+            start(self.follower, self.encoder)
 
     def forward(self, micro_batch: MicroBatch, step: int, of_step: StepEmbeddings | None = None) -> Result:
         """All masks and views of all modalities in one pass of encoder, predictor and target.
@@ -284,10 +293,10 @@ class JEPA(nn.Module):
         return {f"weight/{name}/{m}": term.weight_at(m, step) for name, term in self.terms.items() for m in modalities}
 
     def update_target(self, step: int, total_steps: int) -> None:
-        """After the optimizer's step: move the target towards the encoder."""
-        momentum = self.momentum_at(step, total_steps)
-        if isinstance(self.target, EmaTarget) and momentum is not None:
-            self.target.update(self.encoder, momentum)
+        """After the optimizer's step: move the target, or the average, towards the encoder."""
+        momentum = self.momentum_at(step, total_steps) if self.average is None else self.config.average
+        if self.follower is not None and momentum is not None:
+            follow(self.follower, self.encoder, momentum)
 
 
 def _in_order(micro_batch: MicroBatch) -> list[Batch]:

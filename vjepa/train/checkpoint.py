@@ -194,9 +194,9 @@ def _retire(root: Path, config: CheckpointConfig) -> None:
 def load(path: Path, state: dict[str, Any], world: World, *, is_verified: bool = False) -> dict[str, Any]:
     """Verify the checkpoint (unless `newest` just has) and load it into `state`, collectively; returns its meta."""
     if not is_verified:
-        _refuse_damaged(path, world)
+        refuse_damaged(path, world)
+    _compare_keys(path, state)
     reader = FileSystemReader(path / "dcp")
-    _compare_keys(path, state, reader)
     try:
         with _without_single_process_warning():
             state_dict_loader.load(state, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
@@ -210,18 +210,53 @@ def load_module(path: Path, module: nn.Module, prefix: str, world: World = ALONE
 
     They are stored as model.PREFIX.* or, for "", model.*.
     """
-    _refuse_damaged(path, world)
-    reader = FileSystemReader(path / "dcp")
-    prefix = f"{prefix}." if prefix else ""
-    state = {"model": {f"{prefix}{name}": tensor.detach() for name, tensor in module.state_dict().items()}}
-    missing = sorted(set(_flatten(state)) - set(reader.read_metadata().state_dict_metadata))
+    refuse_damaged(path, world)
+    load_modules(path, {prefix: module})
+
+
+def load_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """The same of several modules by their prefixes, and of a checkpoint that was verified."""
+    state = {
+        ".".join(filter(None, (prefix, name))): tensor.detach()
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    _load_part(path, {"model": state})
+
+
+def load_moments(path: Path, optimizer_state: dict[str, Any], world: World = ALONE) -> None:
+    """Verify the checkpoint and load the averages of every parameter's gradient into a flat state of the optimizer.
+
+    Learning rates and the like stay as they are. CheckpointError where other parameters were trained there.
+    """
+    refuse_damaged(path, world)
+    moments = {name: value for name, value in optimizer_state.items() if name.startswith("state.")}
+    stored = {name for name in _stored(path) if name.startswith("optimizer.state.")}
+    if extra := sorted(stored - {f"optimizer.{name}" for name in moments}):
+        raise CheckpointError(
+            f"the optimizer of checkpoint {path} has {extra[0].removeprefix('optimizer.state.')}, which is not trained "
+            f"here ({len(extra)} such entries in all)"
+        )
+    state = {"optimizer": moments}
+    _load_part(path, state)
+    optimizer_state.update(state["optimizer"])
+
+
+def _load_part(path: Path, state: dict[str, Any]) -> None:
+    """Load what `state` names, which may be less than the checkpoint holds."""
+    missing = sorted(set(_flatten(state)) - _stored(path))
     if missing:
         raise CheckpointError(f"checkpoint {path} has no {missing[0]} ({len(missing)} missing in all)")
     try:
         with _without_single_process_warning():
-            state_dict_loader.load(state, storage_reader=reader, no_dist=True)
+            state_dict_loader.load(state, storage_reader=FileSystemReader(path / "dcp"), no_dist=True)
     except CheckpointException as error:
         raise CheckpointError(f"checkpoint {path} does not fit the model: {_root_cause(error)}") from error
+
+
+def _stored(path: Path) -> set[str]:
+    """The names of all that a checkpoint holds."""
+    return set(FileSystemReader(path / "dcp").read_metadata().state_dict_metadata)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -246,14 +281,14 @@ def _verify(path: Path, world: World) -> str | None:
     return None
 
 
-def _refuse_damaged(path: Path, world: World) -> None:
+def refuse_damaged(path: Path, world: World) -> None:
+    """Raise CheckpointError where a file of a checkpoint is not what was written; every rank reads its share."""
     if problem := verify(path, world):
         raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
 
 
-def _compare_keys(path: Path, state: Mapping[str, Any], reader: FileSystemReader) -> None:
-    stored = set(reader.read_metadata().state_dict_metadata)
-    wanted = set(_flatten(state))
+def _compare_keys(path: Path, state: Mapping[str, Any]) -> None:
+    stored, wanted = _stored(path), set(_flatten(state))
     missing, extra = sorted(wanted - stored), sorted(stored - wanted)
     if missing or extra:
         lines = [f"  missing in the checkpoint: {name}" for name in missing[:10]]

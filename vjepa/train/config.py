@@ -48,7 +48,7 @@ class MicroBatchConfig:
 class TrainConfig:
     """How a run is driven; what it learns from and learns is configured elsewhere."""
 
-    steps: int = 135_000  # optimizer steps
+    steps: int = 135_000  # optimizer steps; 0: export what the run would start from
     seed: int = 0  # of initialisation, data order, crops and masks
     batch: BatchConfig = field(default_factory=BatchConfig)
     micro_batch: MicroBatchConfig = field(default_factory=MicroBatchConfig)
@@ -69,9 +69,9 @@ class TrainConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "diagnostics_every", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for name, least in (("steps", 0), ("log_every", 1), ("diagnostics_every", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least {least}")
         if self.collective_timeout_s <= 0:
             raise ValueError(f"train.collective_timeout_s={self.collective_timeout_s} must be positive")
         self._check_probe()

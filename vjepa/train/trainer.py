@@ -7,6 +7,8 @@ import platform
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from vjepa.batch import MicroBatch, Modality
+from vjepa.nn.predictor import Predictor
 from vjepa.objectives.embeddings import StepEmbeddings
 from vjepa.objectives.jepa import JEPA, Result
 from vjepa.objectives.outputs import Outputs
@@ -265,7 +268,7 @@ class Trainer:
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
 
     def _update(self, grad_norm: Tensor) -> None:
-        """Clip where asked, step, move the target."""
+        """Clip where asked, step, move what follows the encoder."""
         if self.config.optim.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters(), self.config.optim.clip_grad, grad_norm)
         self.optimizer.step()
@@ -277,6 +280,25 @@ class Trainer:
     def export_state(self) -> dict[str, Tensor]:
         """The exported encoder's weights, whole, on the main rank ({} on others); all ranks must call it."""
         return full_state(self.objective.exported)
+
+    def export_predictor(self) -> Predictor | None:
+        """The predictor, whole, on the main rank (None on others and where there is none); all ranks must call it.
+
+        The head for visible tokens is left out where no term trains it.
+        """
+        predictor = self.objective.predictor
+        if predictor is None:
+            return None
+        weights = full_state(predictor)
+        if not self.world.is_main:
+            return None
+        head = predictor.context_head
+        is_trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
+        with torch.device("meta"):
+            whole = Predictor(replace(predictor.config, context_head=is_trained))
+        kept = {name: value for name, value in weights.items() if is_trained or not name.startswith("context_head.")}
+        whole.load_state_dict(kept, assign=True)
+        return whole
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -290,6 +312,7 @@ class Trainer:
             "step": self.step,
             "world_size": self.world.size,
             "config_hash": self.config_hash,
+            "exported": self.objective.config.exported,
             "seconds": self.seconds,
             "detour": self.detour,
             "roll_backs": self.roll_backs,
@@ -297,6 +320,12 @@ class Trainer:
         }
         self.saver.save(self.step, self._state(), meta)
         self._saved_step = self.step
+
+    def carry_optimizer(self, path: Path) -> None:
+        """Begin with the averages that AdamW had in another run's checkpoint; its learning rate is this run's own."""
+        state = get_optimizer_state_dict(self.objective, self.optimizer, options=STATE_OPTIONS)
+        checkpoint.load_moments(path, state, self.world)
+        set_optimizer_state_dict(self.objective, self.optimizer, state, options=STATE_OPTIONS)
 
     def _roll_back(self, fall: RollBack) -> None:
         """Go on from the newest checkpoint that is good enough, with the data behind the step that fell; all alike."""
