@@ -47,7 +47,7 @@ def make_video(clips: Path, out: Path, minutes: float) -> Path:
 
 def command(model: str, video: Path, out: Path, *, size: int, pool: str) -> list[str]:
     named = {"--model": model, "--input": video, "--out": out, "--size": size, "--pool": pool, "--fps": 4}
-    named |= {"--window": 16, "--stride": 8, "--device": "cpu"}
+    named |= {"--window": 16, "--overlap": 8, "--device": "cpu"}
     return [sys.executable, "-m", "evals.embed", *(str(part) for pair in named.items() for part in pair)]
 
 
@@ -87,7 +87,7 @@ def border_differences(spec: str, video: Path, *, size: int, windows: int = 24) 
     The distance of a step is that to the nearer end of either window, counted in tubelets.
     """
     model = load_model(spec)
-    config = EmbedConfig(window=16, stride=model.tubelet_size, size=size)
+    config = EmbedConfig(window=16, overlap=16 - model.tubelet_size, size=size)
     decoder = open_decoder(video, "video")
     plan = VideoWindows.of(decoder.info, config, model.tubelet_size, is_image=False)
     stream = FrameStream(decoder, plan.times, view_of(decoder.info, config, model.patch_size))
