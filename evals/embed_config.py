@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 
 from evals.cache import encoder_identity
+from evals.dense_views import multiple_of, short_side_size
 from evals.labelled_suite import read_pretraining
 from evals.models import EncoderModel, ForeignModel
 
@@ -76,8 +77,7 @@ class EmbedConfig:
         """Height and width in pixels of what the encoder sees of a frame of this size."""
         if self.fit != "whole":
             return self.size, self.size
-        long = round(self.size * max(height, width) / min(height, width) / patch_size) * patch_size
-        return (self.size, long) if width >= height else (long, self.size)
+        return multiple_of(short_side_size(height, width, self.size), patch_size)
 
 
 def make_config(model: EncoderModel | ForeignModel, spec: str, **asked: Any) -> EmbedConfig:

@@ -155,6 +155,27 @@ def test_killed_and_started_again_it_leaves_the_same_bytes(
     assert sums(tmp_path / "killed") == sums(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("last", ["write_times", "settle", "write_parquet", "write_whole"])
+def test_stopped_while_it_finishes_a_file_it_leaves_the_same_bytes(
+    model: str, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """Stopped behind the last row, before its file has a name, and before its record is there."""
+    more = ["--format=parquet"] if last in ("write_parquet", "write_whole") else []
+    run(model, video, tmp_path / "whole", *more)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"evals.embed.{last}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, video, tmp_path / "stopped", *more)
+    with pytest.raises(ValueError, match="no finished"):
+        read_embedding(tmp_path / "stopped", "a.mp4")
+    assert run(model, video, tmp_path / "stopped", *more) == 0
+    assert sums(tmp_path / "stopped") == sums(tmp_path / "whole")
+
+
 def test_it_goes_on_behind_what_is_done(
     model: str, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
