@@ -2,7 +2,8 @@
 
 A video of `--minutes` is made of the clips, 160 x 120 at 15 frames a second, by ffmpeg. Measured: peak memory beside
 that of its first minute; seconds for a minute of video; two SIGKILLs at random moments, then the sha256 of all files
-beside those of the run that nobody stopped; how features at one time differ between windows that contain it.
+beside those of the run that nobody stopped; how features at one time differ between windows that contain it, and those
+of one window between batches.
 """
 
 import argparse
@@ -115,6 +116,19 @@ def border_differences(spec: str, video: Path, *, size: int, windows: int = 24) 
     ]
 
 
+def batch_difference(spec: str, video: Path, *, size: int, windows: int = 8) -> float:
+    """Largest |difference| of the features of windows that went through alone and together."""
+    model = load_model(spec)
+    config = EmbedConfig(window=16, overlap=8, size=size, batch=windows)
+    decoder = open_decoder(video, "video")
+    plan = VideoWindows.of(decoder.info, config, model.tubelet_size, is_image=False)
+    stream = FrameStream(decoder, plan.times, view_of(decoder.info, config, model.patch_size))
+    clips = torch.stack([stream.take(8 * number, 8 * number + 16) for number in range(windows)])
+    source = model.last()
+    alone = torch.cat([source.tokens(clip[None]) for clip in clips])
+    return (alone - source.tokens(clips)).abs().max().item()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("../shared/clips"))
@@ -140,6 +154,8 @@ def main() -> int:
             seconds[name] = clock
         for row in border_differences(options.model, video, size=options.size):
             print(json.dumps({key: round(value, 4) for key, value in row.items()}), flush=True)
+        batches = batch_difference(options.model, video, size=options.size)
+        print(json.dumps({"alone_and_together": f"{batches:.1e}"}), flush=True)
         if options.skip_kills:
             return 0
         arguments = command(options.model, video, root / "killed", **settings)
