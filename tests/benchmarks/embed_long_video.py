@@ -66,20 +66,28 @@ def sums(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def killed_twice(arguments: list[str], out: Path, seconds: float, generator: random.Random) -> list[float]:
-    """Start, kill, start, kill, start; the kills' seconds after the first note of progress of each start."""
-    moments = []
-    for _ in range(2):
-        moments.append(round(generator.uniform(0.05, 0.4) * seconds, 1))
-        begun = time.time()
+def killed_twice(arguments: list[str], out: Path, generator: random.Random) -> list[float]:
+    """Start, kill, start, kill, start; how much of all rows the journal had noted when each kill came."""
+    shares = []
+    for low, high in ((0.1, 0.4), (0.45, 0.7)):
+        wanted = generator.uniform(low, high)
         child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not any(path.stat().st_mtime > begun for path in out.rglob("*.journal")):
+        while noted_share(out) < wanted and child.poll() is None:
             time.sleep(0.05)
-        time.sleep(moments[-1])
+        time.sleep(generator.uniform(0, 0.5))
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, "it had ended before it was killed"
+        shares.append(round(noted_share(out), 2))
     timed(arguments)
-    return moments
+    return shares
+
+
+def noted_share(out: Path) -> float:
+    """Of all rows, those that the journal vouches for."""
+    for path in out.rglob("*.journal"):
+        noted = json.loads(path.read_text())
+        return noted["rows"] / noted["shape"][0]
+    return 0.0
 
 
 def border_differences(spec: str, video: Path, *, size: int, windows: int = 24) -> list[dict[str, float]]:
@@ -146,12 +154,10 @@ def main() -> int:
         video = options.video or make_video(options.clips, root / "long.mp4", options.minutes)
         short = root / "short.mp4"
         subprocess.run(["ffmpeg", "-v", "error", "-i", video, "-t", "60", "-c", "copy", short], check=True)
-        seconds: dict[str, float] = {}
         for name, path, minutes in (("short", short, 1.0), ("long", video, options.minutes)):
             clock, processor, memory = timed(command(options.model, path, root / name, **settings))
             row = {"seconds": clock, "processor_seconds_per_minute": processor / minutes, "peak_mib": memory}
             print(json.dumps({"run": name, "minutes": minutes} | {k: round(v, 1) for k, v in row.items()}), flush=True)
-            seconds[name] = clock
         for row in border_differences(options.model, video, size=options.size):
             print(json.dumps({key: round(value, 4) for key, value in row.items()}), flush=True)
         batches = batch_difference(options.model, video, size=options.size)
@@ -159,11 +165,9 @@ def main() -> int:
         if options.skip_kills:
             return 0
         arguments = command(options.model, video, root / "killed", **settings)
-        moments = killed_twice(
-            arguments, root / "killed", seconds["long"] - seconds["short"], random.Random(options.seed)
-        )
+        shares = killed_twice(arguments, root / "killed", random.Random(options.seed))
         same = sums(root / "killed") == sums(root / "long")
-        print(json.dumps({"killed_after_s": moments, "is_equal": same}), flush=True)
+        print(json.dumps({"killed_at": shares, "is_equal": same}), flush=True)
     return 0 if same else 1
 
 
