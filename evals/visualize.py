@@ -1,7 +1,7 @@
 """Pictures of what an encoder sees and of what a probe makes of it, over the frames of clips.
 
     python -m evals.visualize --model runs/demo/primary/exports/primary --clip video.mp4 --out pca.png
-    python -m evals.visualize --model FOLDER --clip video.mp4 --out pca.mp4 [--patch 2.5,120,80]
+    python -m evals.visualize --model EXPORT --clip video.mp4 --out pca.mp4 [--patch 2.5,120,80]
 
 The command shows the three main directions of the patch features as colours. Patches of one colour are alike to the
 encoder. Features that tell things apart give regions that follow objects and keep their colour while they move; a

@@ -133,10 +133,9 @@ def test_a_skipped_step_leaves_the_average(
     "spread",
     [
         (),
-        ("train.parallel.mode=fsdp",),
         ("train.parallel.mode=fsdp", BF16),
     ],
-    ids=["ddp", "fsdp", "fsdp, teacher in bf16"],
+    ids=["ddp", "fsdp, teacher in bf16"],
 )
 def test_two_ranks_give_the_average_of_one_process(
     spread: tuple[str, ...],
@@ -158,7 +157,7 @@ def _numbers(module: nn.Module) -> int:
 
 
 def test_a_run_with_a_teacher_in_bf16_follows_one_in_fp32(distilled: Path, held_in_bf16: Path) -> None:
-    assert losses(held_in_bf16) == pytest.approx(losses(distilled), rel=0.01)
+    assert losses(held_in_bf16) == pytest.approx(losses(distilled), rel=5e-4)  # measured: 8e-5
     assert losses(held_in_bf16) != losses(distilled)
     reader = FileSystemReader(checkpoint.checkpoint_path(held_in_bf16 / "checkpoints", 20) / "dcp")
     entries = reader.read_metadata().state_dict_metadata.items()

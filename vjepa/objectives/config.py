@@ -28,6 +28,8 @@ class TeacherConfig:
     path: str | None = None  # an exported folder (RUN/exports/STAGE) or a released .pt file
     levels: list[int] | None = None  # its blocks that are predicted, from 1; -1: the last; null: all of its levels
     precision: WeightPrecision = "fp32"  # of its weights; bf16 halves their memory, and they compute in bf16
+    cache: str | None = None  # folder that keeps its targets, for other students and runs over the same clips
+    cache_dtype: Literal["fp32", "bf16"] = "fp32"  # they are rounded to it, read or computed; bf16 halves the folder
 
     def __post_init__(self) -> None:
         if self.levels is not None and any(level < 1 and level != -1 for level in self.levels or [0]):
@@ -97,6 +99,11 @@ class ObjectiveConfig:
         if self.target != "frozen" and self.teacher.path is not None:
             raise ValueError(
                 f"objective.teacher.path={self.teacher.path} is read with objective.target=frozen, not {self.target}"
+            )
+        if self.target != "frozen" and (self.teacher.cache, self.teacher.cache_dtype) != (None, "fp32"):
+            raise ValueError(
+                f"objective.teacher.cache={self.teacher.cache} and cache_dtype={self.teacher.cache_dtype} are for "
+                f"objective.target=frozen, not {self.target}: its targets change, or cost nothing; leave them out"
             )
 
     def _warn_of_momentum(self) -> None:
