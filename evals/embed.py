@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ import torch
 from data_pipeline.decode import Decoder, open_decoder
 from evals.cache import file_digest
 from evals.dense_features import LevelFeatures
-from evals.embed_config import Dtype, EmbedConfig, Fit, Format, Pool, embedding_key, make_config
+from evals.embed_config import Dtype, EmbedConfig, Fit, Format, Pool, embedding_key, make_config, model_sha256
 from evals.embed_folder import Embedding, EmbedFolder, read_embedding
 from evals.embed_progress import EmbedProgress
 from evals.embed_rows import (
@@ -41,6 +42,7 @@ from evals.embed_windows import FrameStream, VideoWindows, view_of
 from evals.features import FeatureSource
 from evals.media import is_image, list_media
 from evals.models import EncoderModel, ForeignModel, load_model
+from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["Embedder", "Embedding", "embed", "main", "read_embedding"]
 PREPROCESSING = {
@@ -68,6 +70,17 @@ class Embedder:
             raise ValueError(f"level={self.config.level} is a block of our encoders; of transformers' the last is read")
         return LevelFeatures(self.model.name, self.model.encoder, (self.config.level,))
 
+    @cached_property
+    def _model_sha256(self) -> str:
+        return model_sha256(self.model)
+
+    @property
+    def _normalisation(self) -> dict[str, Any]:
+        """Mean and standard deviation of channels in 0..1."""
+        if isinstance(self.model, ForeignModel):
+            return asdict(self.model.source.normalisation)
+        return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
     def is_finished(self, name: str, path: Path) -> bool:
         """Whether the features of this very file are there. It is read again only where it is newer than they are."""
         facts, sidecar = self.folder.facts(name), self.folder.facts_path(name)
@@ -86,11 +99,11 @@ class Embedder:
         shape = self._write_rows(name, decoder, windows, content)
         self._finish(name, windows)
         height, width = self.config.picture_size(decoder.info.height, decoder.info.width, self.model.patch_size)
-        pixels = {"size": [height, width], "fit": PREPROCESSING[self.config.fit]}
+        pixels = {"size": [height, width], "fit": PREPROCESSING[self.config.fit], "normalisation": self._normalisation}
         facts = {"name": name, "path": str(path), **content, "source": asdict(decoder.info), "preprocessing": pixels}
         facts |= {"sampled": len(windows.times), "windows": windows.num_windows, "shape": shape, "dim": shape[-1]}
         grid = [height // self.model.patch_size, width // self.model.patch_size]
-        facts |= {"grid": [windows.plan.length, *grid], "model_sha256": self.model.identity}
+        facts |= {"grid": [windows.plan.length, *grid], "model_sha256": self._model_sha256}
         write_whole(self.folder.facts_path(name), json.dumps(facts, indent=1).encode())
         journal_of(self.folder.features(name, "npy")).unlink(missing_ok=True)
 
@@ -99,11 +112,12 @@ class Embedder:
         source, path = self.source, self.folder.features(name, "npy")
         writer: RowWriter | None = None
         try:
-            row = self._noted_row(path)
+            row = self._noted_row(path, facts)
             first = 0
             if row is not None:
                 writer = self._writer(path, windows, row, facts)
                 first = writer.batches
+            self.say(name, windows.frames_done(first), len(windows.times))
             for done, rows in windows.batches(stream, source, first):
                 writer = writer or self._writer(path, windows, rows, facts)
                 writer.add(rows)
@@ -115,13 +129,15 @@ class Embedder:
             if writer is not None:
                 writer.close()
 
-    def _noted_row(self, path: Path) -> np.ndarray | None:
-        """An empty row of the shape that a stopped run has noted."""
+    def _noted_row(self, path: Path, facts: dict[str, Any]) -> np.ndarray | None:
+        """No rows, of the shape that a stopped run of the same input has noted."""
         try:
-            shape = json.loads(journal_of(path).read_text())["shape"]
+            noted = json.loads(journal_of(path).read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return np.empty((0, *shape[1:]), {"fp32": np.float32, "fp16": np.float16}[self.config.dtype])
+        if noted["facts"] != facts:
+            return None
+        return np.empty((0, *noted["shape"][1:]), {"fp32": np.float32, "fp16": np.float16}[self.config.dtype])
 
     def _writer(self, path: Path, windows: VideoWindows, rows: np.ndarray, facts: dict[str, Any]) -> RowWriter:
         return RowWriter(path, (len(windows.row_times), *rows.shape[1:]), rows.dtype, facts)
@@ -131,11 +147,10 @@ class Embedder:
         path, times = self.folder.features(name, "npy"), windows.row_times
         if self.config.format == "parquet":
             write_parquet(partial(path), times, self.folder.features(name, "parquet"))
+            partial(path).unlink()
         else:
             write_times(self.folder.times_path(name), times)
             settle(partial(path), path)
-            return
-        partial(path).unlink()
 
 
 def embed(embedder: Embedder, files: dict[str, Path], progress: EmbedProgress | None = None) -> list[dict[str, str]]:
@@ -186,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="videos, images, folders of them")
     parser.add_argument("--out", type=Path, required=True, help="folder to fill, or to go on filling")
     parser.add_argument("--window", type=int, help="frames the encoder sees at once (default: as trained, else 16)")
-    parser.add_argument("--stride", type=int, help="frames from window to window (default: half a window)")
+    parser.add_argument("--overlap", type=int, help="frames that neighbours share (default: half a window)")
     parser.add_argument("--fps", type=float, help="frames sampled a second (default: as trained, else 4)")
     parser.add_argument("--size", type=int, help="pixels of the short side (default: as trained, else 256)")
     parser.add_argument("--fit", choices=get_args(Fit), help=f"{PREPROCESSING} (default: crop)")

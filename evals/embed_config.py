@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
+from evals.cache import encoder_identity
+from evals.dense_views import multiple_of, short_side_size
 from evals.labelled_suite import read_pretraining
 from evals.models import EncoderModel, ForeignModel
 
@@ -24,8 +26,8 @@ class EmbedConfig:
 
     window: int = 16
     """Frames that the encoder sees at once; a multiple of the model's tubelet."""
-    stride: int = 8
-    """Frames from one window's start to the next one's; a multiple of the tubelet, at most `window`."""
+    overlap: int = 8
+    """Frames that a window shares with the next one; a multiple of the tubelet, less than `window`."""
     fps: float = 4.0
     """Frames a second at which a video is sampled, evenly in time whatever its own rate."""
     size: int = 256
@@ -50,15 +52,20 @@ class EmbedConfig:
         for name in ("fit", "pool", "format", "dtype"):
             if (value := getattr(self, name)) not in get_args(hints[name]):
                 raise ValueError(f"{name}={value}: choose one of {', '.join(get_args(hints[name]))}")
-        for name in ("window", "stride", "fps", "size", "batch"):
+        for name in ("window", "fps", "size", "batch"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.stride > self.window:
-            raise ValueError(f"stride={self.stride} must be at most window={self.window}: frames between would be lost")
+        if not 0 <= self.overlap < self.window:
+            raise ValueError(f"overlap={self.overlap} must be at least 0 and less than window={self.window}")
+
+    @property
+    def stride(self) -> int:
+        """Frames from one window's start to the next one's."""
+        return self.window - self.overlap
 
     def check(self, *, patch_size: int, tubelet_size: int) -> None:
         """ValueError where a model of these sizes cannot take such windows."""
-        for name in ("window", "stride"):
+        for name in ("window", "overlap"):
             if getattr(self, name) % tubelet_size:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be a multiple of the model's tubelet, {tubelet_size}"
@@ -70,8 +77,7 @@ class EmbedConfig:
         """Height and width in pixels of what the encoder sees of a frame of this size."""
         if self.fit != "whole":
             return self.size, self.size
-        long = round(self.size * max(height, width) / min(height, width) / patch_size) * patch_size
-        return (self.size, long) if width >= height else (long, self.size)
+        return multiple_of(short_side_size(height, width, self.size), patch_size)
 
 
 def make_config(model: EncoderModel | ForeignModel, spec: str, **asked: Any) -> EmbedConfig:
@@ -82,8 +88,7 @@ def make_config(model: EncoderModel | ForeignModel, spec: str, **asked: Any) -> 
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: there is no such setting")
     settings = {"window": known["frames"], "fps": known["fps"], "size": known["size"]} | given
-    half = settings["window"] // 2 // model.tubelet_size * model.tubelet_size
-    settings.setdefault("stride", max(model.tubelet_size, half))
+    settings.setdefault("overlap", settings["window"] // 2 // model.tubelet_size * model.tubelet_size)
     config = EmbedConfig(**settings)
     config.check(patch_size=model.patch_size, tubelet_size=model.tubelet_size)
     return config
@@ -103,6 +108,11 @@ def trained_geometry(model: EncoderModel | ForeignModel, spec: str) -> dict[str,
     return {name: pretraining[name] for name in GEOMETRY if name in pretraining}
 
 
+def model_sha256(model: EncoderModel | ForeignModel) -> str:
+    """Of the encoder's configuration and weights, not of a file: a predictor beside it changes nothing."""
+    return encoder_identity(model.encoder) if isinstance(model, EncoderModel) else model.identity
+
+
 def embedding_key(model: EncoderModel | ForeignModel, config: EmbedConfig, device: str) -> dict[str, Any]:
     """All that the bytes of a folder of features depend on beside its inputs."""
-    return {"version": 1, "model": model.identity, "device": torch.device(device).type} | asdict(config)
+    return {"version": 1, "model": model_sha256(model), "device": torch.device(device).type} | asdict(config)

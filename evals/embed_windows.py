@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class WindowPlan:
     """Of a window; a video that is shorter is filled up with its last frame."""
     stride: int
 
-    @property
+    @cached_property
     def starts(self) -> list[int]:
         """Of each window; the last ends where the video ends."""
         last = max(0, self.steps - self.length)
@@ -119,7 +120,7 @@ class VideoWindows:
     def num_windows(self) -> int:
         return len(self.plan.starts)
 
-    @property
+    @cached_property
     def row_times(self) -> np.ndarray:
         """Seconds of every row: the mean time of the frames it was sampled from, without those that fill up."""
         if self.config.pool == "clip":
@@ -142,7 +143,12 @@ class VideoWindows:
                 rows = rows.astype(dtype)
             if not np.isfinite(rows).all():
                 raise ValueError(f"features are not finite as {self.config.dtype}")
-            yield min(len(self.times), self.plan.kept(numbers[-1])[1] * self.tubelet), rows
+            yield self.frames_done(begin // self.config.batch + 1), rows
+
+    def frames_done(self, batches: int) -> int:
+        """Sampled frames whose rows are in the first so many batches."""
+        last = min(batches * self.config.batch, self.num_windows) - 1
+        return 0 if last < 0 else min(len(self.times), self.plan.kept(last)[1] * self.tubelet)
 
     def _window(self, stream: FrameStream, start: int) -> Tensor:
         """uint8 [C, T, H, W]."""

@@ -232,7 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
     whole.add_argument("--patch", type=_place, metavar="T,Y,X", help="heat of similarity with this second and pixel")
     whole.add_argument("--patch-tokens", type=_place, metavar="T,Y,X", help="the same by step, row and column")
     whole.add_argument("--foreground", action="store_true", help="colour only what the first component sets apart")
-    whole.add_argument("--stride", type=int, help="frames from window to window (default: half of --frames)")
+    whole.add_argument("--overlap", type=int, help="frames that windows share (default: half of --frames)")
     whole.add_argument("--fit", choices=get_args(Fit), help="centred square, whole frame, or stretched (default: crop)")
     whole.add_argument("--device", default="cpu")
     return parser
@@ -272,7 +272,7 @@ def draw_video(options: argparse.Namespace) -> None:
     """The film or strip of a whole video: PCA, or similarity with a patch."""
     spec = str(options.model)
     model = load_model(spec, device=options.device)
-    asked = {name: getattr(options, name) for name in ("stride", "fps", "size", "fit", "level")}
+    asked = {name: getattr(options, name) for name in ("overlap", "fps", "size", "fit", "level")}
     config = make_config(model, spec, window=options.frames, dtype="fp16", **asked)
     with video_pictures(model, config, options.clip) as video:
         patch = options.patch or options.patch_tokens

@@ -2,7 +2,8 @@
 
 A video of `--minutes` is made of the clips, 160 x 120 at 15 frames a second, by ffmpeg. Measured: peak memory beside
 that of its first minute; seconds for a minute of video; two SIGKILLs at random moments, then the sha256 of all files
-beside those of the run that nobody stopped; how features at one time differ between windows that contain it.
+beside those of the run that nobody stopped; how features at one time differ between windows that contain it, and those
+of one window between batches.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def make_video(clips: Path, out: Path, minutes: float) -> Path:
 
 def command(model: str, video: Path, out: Path, *, size: int, pool: str) -> list[str]:
     named = {"--model": model, "--input": video, "--out": out, "--size": size, "--pool": pool, "--fps": 4}
-    named |= {"--window": 16, "--stride": 8, "--device": "cpu"}
+    named |= {"--window": 16, "--overlap": 8, "--device": "cpu"}
     return [sys.executable, "-m", "evals.embed", *(str(part) for pair in named.items() for part in pair)]
 
 
@@ -65,20 +66,28 @@ def sums(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def killed_twice(arguments: list[str], out: Path, seconds: float, generator: random.Random) -> list[float]:
-    """Start, kill, start, kill, start; the kills' seconds after the first note of progress of each start."""
-    moments = []
-    for _ in range(2):
-        moments.append(round(generator.uniform(0.05, 0.4) * seconds, 1))
-        begun = time.time()
+def killed_twice(arguments: list[str], out: Path, generator: random.Random) -> list[float]:
+    """Start, kill, start, kill, start; how much of all rows the journal had noted when each kill came."""
+    shares = []
+    for low, high in ((0.1, 0.4), (0.45, 0.7)):
+        wanted = generator.uniform(low, high)
         child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not any(path.stat().st_mtime > begun for path in out.rglob("*.journal")):
+        while noted_share(out) < wanted and child.poll() is None:
             time.sleep(0.05)
-        time.sleep(moments[-1])
+        time.sleep(generator.uniform(0, 0.5))
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, "it had ended before it was killed"
+        shares.append(round(noted_share(out), 2))
     timed(arguments)
-    return moments
+    return shares
+
+
+def noted_share(out: Path) -> float:
+    """Of all rows, those that the journal vouches for."""
+    for path in out.rglob("*.journal"):
+        noted = json.loads(path.read_text())
+        return noted["rows"] / noted["shape"][0]
+    return 0.0
 
 
 def border_differences(spec: str, video: Path, *, size: int, windows: int = 24) -> list[dict[str, float]]:
@@ -87,7 +96,7 @@ def border_differences(spec: str, video: Path, *, size: int, windows: int = 24) 
     The distance of a step is that to the nearer end of either window, counted in tubelets.
     """
     model = load_model(spec)
-    config = EmbedConfig(window=16, stride=model.tubelet_size, size=size)
+    config = EmbedConfig(window=16, overlap=16 - model.tubelet_size, size=size)
     decoder = open_decoder(video, "video")
     plan = VideoWindows.of(decoder.info, config, model.tubelet_size, is_image=False)
     stream = FrameStream(decoder, plan.times, view_of(decoder.info, config, model.patch_size))
@@ -115,6 +124,19 @@ def border_differences(spec: str, video: Path, *, size: int, windows: int = 24) 
     ]
 
 
+def batch_difference(spec: str, video: Path, *, size: int, windows: int = 8) -> float:
+    """Largest |difference| of the features of windows that went through alone and together."""
+    model = load_model(spec)
+    config = EmbedConfig(window=16, overlap=8, size=size, batch=windows)
+    decoder = open_decoder(video, "video")
+    plan = VideoWindows.of(decoder.info, config, model.tubelet_size, is_image=False)
+    stream = FrameStream(decoder, plan.times, view_of(decoder.info, config, model.patch_size))
+    clips = torch.stack([stream.take(8 * number, 8 * number + 16) for number in range(windows)])
+    source = model.last()
+    alone = torch.cat([source.tokens(clip[None]) for clip in clips])
+    return (alone - source.tokens(clips)).abs().max().item()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("../shared/clips"))
@@ -132,22 +154,20 @@ def main() -> int:
         video = options.video or make_video(options.clips, root / "long.mp4", options.minutes)
         short = root / "short.mp4"
         subprocess.run(["ffmpeg", "-v", "error", "-i", video, "-t", "60", "-c", "copy", short], check=True)
-        seconds: dict[str, float] = {}
         for name, path, minutes in (("short", short, 1.0), ("long", video, options.minutes)):
             clock, processor, memory = timed(command(options.model, path, root / name, **settings))
             row = {"seconds": clock, "processor_seconds_per_minute": processor / minutes, "peak_mib": memory}
             print(json.dumps({"run": name, "minutes": minutes} | {k: round(v, 1) for k, v in row.items()}), flush=True)
-            seconds[name] = clock
         for row in border_differences(options.model, video, size=options.size):
             print(json.dumps({key: round(value, 4) for key, value in row.items()}), flush=True)
+        batches = batch_difference(options.model, video, size=options.size)
+        print(json.dumps({"alone_and_together": f"{batches:.1e}"}), flush=True)
         if options.skip_kills:
             return 0
         arguments = command(options.model, video, root / "killed", **settings)
-        moments = killed_twice(
-            arguments, root / "killed", seconds["long"] - seconds["short"], random.Random(options.seed)
-        )
+        shares = killed_twice(arguments, root / "killed", random.Random(options.seed))
         same = sums(root / "killed") == sums(root / "long")
-        print(json.dumps({"killed_after_s": moments, "is_equal": same}), flush=True)
+        print(json.dumps({"killed_at": shares, "is_equal": same}), flush=True)
     return 0 if same else 1
 
 

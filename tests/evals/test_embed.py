@@ -27,18 +27,18 @@ from evals.models import load_model
 
 DIE = Path(__file__).parent / "embed_and_die.py"
 ROOT = Path(__file__).parents[2]
-SHORT = ["--window=4", "--stride=2", "--fps=10", "--size=32", "--device=cpu", "--batch=2"]
+SHORT = ["--window=4", "--overlap=2", "--fps=10", "--size=32", "--device=cpu", "--batch=2"]
 
 
-def write(path: Path, greys: list[int], times: list[float] | None = None) -> Path:
+def write(path: Path, greys: list[int], times: list[float] | None = None, *, width: int = 48) -> Path:
     """A video of plain frames of these grey values, at 10 a second or at the given seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(10), options={"crf": "1", "preset": "ultrafast"})
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = 32, width, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for i, grey in enumerate(greys):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), grey, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((32, width, 3), grey, np.uint8), format="rgb24")
             frame.time_base, frame.pts = Fraction(1, 1000), round(1000 * (times[i] if times else i / 10))
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -122,7 +122,7 @@ def test_times_follow_the_time_stamps_of_a_video_of_variable_rate(model: str, tm
     """Frames at 0, .1, .2 and then 2 s: what is sampled at 1 s is the third, for as long as it is shown."""
     path = write(tmp_path / "vfr.mp4", [20, 60, 100, 200, 240], [0, 0.1, 0.2, 2.0, 2.1])
     decoder = open_decoder(path, "video")
-    windows = VideoWindows.of(decoder.info, EmbedConfig(window=4, stride=2, fps=10), 2, is_image=False)
+    windows = VideoWindows.of(decoder.info, EmbedConfig(window=4, overlap=2, fps=10), 2, is_image=False)
     frames = FrameStream(decoder, windows.times, view_of(decoder.info, EmbedConfig(size=32), 16)).take(0, 22)
     shown = frames.float().mean(dim=(0, 2, 3)).tolist()
     assert len(windows.times) == pytest.approx(22, abs=1)
@@ -153,6 +153,27 @@ def test_killed_and_started_again_it_leaves_the_same_bytes(
     assert died.returncode == -signal.SIGKILL
     assert main(arguments) == 0
     assert sums(tmp_path / "killed") == sums(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("last", ["write_times", "settle", "write_parquet", "write_whole"])
+def test_stopped_while_it_finishes_a_file_it_leaves_the_same_bytes(
+    model: str, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """Stopped behind the last row, before its file has a name, and before its record is there."""
+    more = ["--format=parquet"] if last in ("write_parquet", "write_whole") else []
+    run(model, video, tmp_path / "whole", *more)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"evals.embed.{last}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, video, tmp_path / "stopped", *more)
+    with pytest.raises(ValueError, match="no finished"):
+        read_embedding(tmp_path / "stopped", "a.mp4")
+    assert run(model, video, tmp_path / "stopped", *more) == 0
+    assert sums(tmp_path / "stopped") == sums(tmp_path / "whole")
 
 
 def test_it_goes_on_behind_what_is_done(
@@ -187,6 +208,23 @@ def test_a_file_that_has_changed_is_embedded_anew(model: str, tmp_path: Path) ->
     assert read_embedding(tmp_path / "out", "a.mp4").features.shape[0] == before.shape[0] + 1
 
 
+def test_a_file_replaced_while_it_was_stopped_begins_anew(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal speaks of a wide picture; the file is a square one now."""
+    path = tmp_path / "in" / "a.mp4"
+    write(path, [20 + 4 * i for i in range(41)])
+    monkeypatch.setattr(embed_rows, "COMMIT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_rows.RowWriter, "finish", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, path, tmp_path / "out", "--fit=whole")
+    assert list(tmp_path.rglob("*.journal"))
+    write(path, [200, 40, 90, 10, 30, 200], width=32)
+    assert run(model, path, tmp_path / "out", "--fit=whole") == 0
+    assert read_embedding(tmp_path / "out", "a.mp4").features.shape[:3] == (3, 2, 2)
+
+
 def test_another_configuration_is_refused_by_name(
     model: str, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,7 +240,8 @@ def test_another_configuration_is_refused_by_name(
     [
         ("--window=5", "window=5 must be a multiple"),
         ("--size=30", "size=30 must"),
-        ("--stride=6", "stride=6 must be at"),
+        ("--overlap=1", "overlap=1 must be a multiple"),
+        ("--overlap=4", "overlap=4 must be at"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -278,7 +317,7 @@ def test_memory_holds_the_frames_of_a_window_whatever_the_length(video: Path, mo
         embed_windows, "frames_at", lambda decoder, times: (asked.append(times), frames_at(decoder, times))[1]
     )
     decoder = open_decoder(video, "video")
-    config = EmbedConfig(window=8, stride=4, fps=10, size=32, batch=3)
+    config = EmbedConfig(window=8, overlap=4, fps=10, size=32, batch=3)
     windows = VideoWindows.of(decoder.info, config, 2, is_image=False)
     stream = FrameStream(decoder, windows.times, view_of(decoder.info, config, 16))
     held = []
@@ -294,7 +333,7 @@ def test_settings_default_to_what_the_model_was_trained_on(tmp_path: Path) -> No
     vjepa.hub.save_pretrained(vjepa.create_model("vit_debug"), tmp_path, extra={"pretraining": trained_on})
     for spec in (str(tmp_path), f"mine={tmp_path}"):
         config = make_config(load_model(spec), spec)
-        assert (config.window, config.stride, config.fps, config.size) == (8, 4, 2.0, 112)
+        assert (config.window, config.overlap, config.fps, config.size) == (8, 4, 2.0, 112)
     untrained = make_config(load_model("untrained:vit_debug"), "untrained:vit_debug", fps=3.0)
     assert (untrained.window, untrained.fps, untrained.size) == (16, 3.0, 256)
 
@@ -305,5 +344,5 @@ def test_an_encoder_of_transformers_is_embedded_at_its_own_size(video: Path, tmp
     config = transformers.ViTConfig(image_size=32, patch_size=16, **sizes)
     transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
     given = ["--model", f"hf:{tmp_path / 'vit'}", "--input", str(video), "--out", str(tmp_path / "out")]
-    assert main([*given, "--window=4", "--stride=2", "--fps=10", "--device=cpu"]) == 0
+    assert main([*given, "--window=4", "--overlap=2", "--fps=10", "--device=cpu"]) == 0
     assert read_embedding(tmp_path / "out", "a.mp4").features.shape == (41, 2, 2, 32)

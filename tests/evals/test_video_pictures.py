@@ -16,7 +16,7 @@ from evals.video_pictures import GIF_STEPS, write_gif
 from evals.visualize import main
 from tests.evals.rendered import moving_square, write_video
 
-SHORT = ["--frames=4", "--stride=2", "--fps=10", "--size=32"]
+SHORT = ["--frames=4", "--overlap=2", "--fps=10", "--size=32"]
 
 
 @pytest.fixture(scope="module")
