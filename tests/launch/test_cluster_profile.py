@@ -78,7 +78,7 @@ def test_a_time_limit_that_is_none_is_refused() -> None:
         (["--profile", "private_test", "trian.steps=3"], ["trian"]),
         (["--profile", "private_test", "--nodes", "many"], ["nodes", "many"]),
         (["--profile", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
-        (["--profile", "private_test", "--stage", "distill"], ["no stage 'distill'"]),
+        (["--profile", "private_test", "--stage", "destil"], ["no stage 'destil'"]),
     ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(
