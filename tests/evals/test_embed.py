@@ -46,13 +46,6 @@ def write(path: Path, greys: list[int], times: list[float] | None = None, *, wid
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    vjepa.hub.save_pretrained(vjepa.create_model("vit_debug"), folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("video") / "a.mp4", [20 + 4 * i for i in range(41)])
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import vjepa
 from evals.pca import CHUNK_BYTES, PcaBasis, pca_images
 from evals.similarity import SimilarityMap
 from evals.video_pictures import GIF_STEPS, write_gif
@@ -17,13 +16,6 @@ from evals.visualize import main
 from tests.evals.rendered import moving_square, write_video
 
 SHORT = ["--frames=4", "--overlap=2", "--fps=10", "--size=32"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    vjepa.hub.save_pretrained(vjepa.create_model("vit_debug"), folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

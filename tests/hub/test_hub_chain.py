@@ -18,14 +18,9 @@ from launch.config import RunConfig, load_config
 from launch.train import train
 from tests.hub.released_files import (
     CROP,
-    DEPTH,
     DIM,
     FRAMES,
-    HEADS,
-    PREDICTOR_DEPTH,
-    PREDICTOR_HEADS,
-    WIDTH,
-    hugging_face_names,
+    transformers_model,
     version_2,
     version_2_encoder,
     version_2_predictor,
@@ -79,23 +74,10 @@ class Chain:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    from transformers import VJEPA2Config, VJEPA2Model
-
     folder = tmp_path_factory.mktemp("chain")
     released = write(folder, version_2())
     untrained_run(folder / "run", f"init_from={released}", *VERSION_2, options=("vjepa2",))
-    config = VJEPA2Config(
-        crop_size=CROP,
-        frames_per_clip=FRAMES,
-        hidden_size=DIM,
-        num_attention_heads=HEADS,
-        num_hidden_layers=DEPTH,
-        pred_hidden_size=WIDTH,
-        pred_num_attention_heads=PREDICTOR_HEADS,
-        pred_num_hidden_layers=PREDICTOR_DEPTH,
-    )
-    theirs = VJEPA2Model(config).eval()
-    theirs.load_state_dict(hugging_face_names(version_2_encoder(2), version_2_predictor(3)))
+    theirs = transformers_model(version_2_encoder(2), version_2_predictor(3))
     clips = torch.randn(2, 3, FRAMES, CROP, CROP, generator=torch.Generator().manual_seed(0))
     return Chain(released, folder / "run" / "exports" / "primary", clips, theirs)
 
