@@ -119,7 +119,8 @@ def _evaluate_suite(suite: str, settings: SuiteConfig, stages: Sequence[Stage], 
     found = _run_all(list(_jobs(suite, settings, stages, done)), at_once)
     for stage in stages:
         _save(stage.runs[0], stage.config, [row for row in found if row.stage == stage.config.stage])
-        _picture(stage.runs[0], stage.config, suite, settings)
+        if suite in stage.config.suites():  # for the stage's own page
+            _picture(stage.runs[0], stage.config, suite, settings)
     rows = [*found, *known]
     train, test = _splits(suite, settings.data, *_cut(stages[0].config))
     title = f"{suite}: probes on {len(train)} clips, {len(test)} test clips, {time.monotonic() - begin:.0f} s"
