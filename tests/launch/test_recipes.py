@@ -17,6 +17,7 @@ from launch.config import RECIPES, RunConfig, list_recipes, load_config
 from launch.init_from import check_exported
 from launch.submit import main as submit
 from launch.train import train
+from tests.benchmarks import cooldown_grid
 from vjepa.config import ConfigError, build_models
 from vjepa.hub import WeightsError, save_config
 from vjepa.nn.encoder import Encoder
@@ -118,6 +119,10 @@ def test_clips_have_the_papers_token_counts(recipe: str, chains: dict[str, Chain
         "primary": expected["primary"],
         "cooldown": (32 * 16 * 16, 16 * 16),
     }
+
+
+def test_the_benchmark_of_one_step_has_a_cooldowns_tokens() -> None:
+    assert cooldown_grid.count_tokens([]) == (18432, 1024)
 
 
 # -------------------------------------------------------------------------------------------------------- who teaches
