@@ -101,7 +101,8 @@ class Chain:
         for stage, config in self.configs.items():
             teacher = config.objective.teacher.path
             start = f", starts from {config.init_from}" if config.init_from else ""
-            taught = "" if teacher is None else ", its frozen teacher" if start else f", frozen teacher {teacher}"
+            is_own = teacher is not None and teacher == config.init_from
+            taught = "" if teacher is None else ", its frozen teacher" if is_own else f", frozen teacher {teacher}"
             lines.append(f"  {stage}: {config.train.steps} steps in {config.run_dir}{start}{taught}")
         if self.has_evals:
             lines.append(f"  {EVALS}: {', '.join(self.suites())} of {', '.join(self.configs)}")
