@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import mimetypes
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -250,10 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     is_film = options.out.suffix.lower() in (".mp4", ".gif")
-    if is_film or options.whole or options.patch or options.patch_tokens:
-        draw_video(options)
-    else:
-        draw_clip(options)
+    is_whole = is_film or options.whole or options.patch or options.patch_tokens
+    try:
+        (draw_video if is_whole else draw_clip)(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(f"wrote {options.out}")
 
 
