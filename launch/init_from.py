@@ -43,7 +43,7 @@ def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE
     saved = _checkpoint(path)
     if saved is not None:
         return load_start(saved, objective, world)
-    if not _is_exported(path):
+    if not is_exported(path):
         raise ConfigError(
             f"init_from={path} is no run with a checkpoint, no exported folder (RUN/exports/STAGE) and no released .pt "
             "file"
@@ -86,7 +86,8 @@ def optimizer_checkpoint(config: RunConfig) -> Path | None:
     return saved
 
 
-def _is_exported(path: Path) -> bool:
+def is_exported(path: Path) -> bool:
+    """Whether a path is a released file or an exported folder."""
     return path.is_file() or (path / CONFIG).is_file()
 
 
@@ -146,8 +147,7 @@ def _refuse_other_predictor(stored: PredictorConfig | None, built: Predictor | N
             f"init_predictor=true: the predictor of {path} is another one: {'; '.join(different)}. Set the recipe's to "
             "those of the weights, or init_predictor=false for a fresh one"
         )
-    head = built.context_head
-    if not stored.context_head and head is not None and any(value.requires_grad for value in head.parameters()):
+    if not stored.context_head and built.trains_context_head:
         raise WeightsError(
             f"init_predictor=true: the predictor of {path} has no head for visible tokens, which "
             "objective.terms.context_prediction trains here: set init_predictor=false"

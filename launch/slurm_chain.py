@@ -80,7 +80,7 @@ def submit_chain(chain: Chain, profile: ClusterProfile, profile_name: str) -> li
     Raises ResumeError where a job of the chain lives, SchedulerError with SLURM's words.
     """
     submission = Submission.begin(chain.root, profile, profile_name)
-    chain.request.write(submission.root)
+    chain.begin()
     done: list[Submitted] = []
     try:
         for job in plan_jobs(chain, submission):

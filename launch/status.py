@@ -272,7 +272,8 @@ def _local(root: Path) -> RunStatus:
     folders = {stage: root / stage if len(trainings) > 1 else root for stage in trainings}
     found = [_local_stage(stage, folder) for stage, folder in folders.items()]
     if "evals" in stages:
-        is_done = bool(_summary(root).get("evals"))
+        rows = _summary(root).get("evals", [])
+        is_done = set(trainings) <= {row["stage"] for row in rows if row["model"] == "trained"}
         found.append(StageStatus("evals", None, "finished" if is_done else "not started"))
     return RunStatus(root, found)
 

@@ -165,7 +165,9 @@ def chain(arguments: argparse.Namespace, site: Site) -> int:
         is_absolute=site.is_slurm,
     )
     place = f"on SLURM, profile {site.profile_name}" if site.is_slurm else "on this machine"
-    print(f"recipe {arguments.recipe}, stages {arguments.stage} in {planned.root}, {place} ({site.why})", flush=True)
+    print(
+        f"recipe {planned.request.recipe}, stages {arguments.stage} in {planned.root}, {place} ({site.why})", flush=True
+    )
     print("\n".join(planned.describe()), flush=True)
     if arguments.dry_run:
         return slurm_chain.dry_run(planned, site.profile, site.profile_name) if site.is_slurm else 0
@@ -208,13 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["prepare"]:
         return prepare(words[1:])
     arguments = parser().parse_intermixed_args(argv)
+    if arguments.owner is not None:
+        die_with(arguments.owner)
     try:
         site = choose_site(arguments)
         asked = arguments.recipe
         arguments.recipe, why = choose_recipe(asked, site)
         if arguments.sweep:
-            if arguments.owner is not None:
-                die_with(arguments.owner)
             return sweep(arguments, site)
         refuse_without_sweep(arguments)
         if is_chain(arguments.stage) or arguments.eval_every is not None:
@@ -227,8 +229,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, SchedulerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.owner is not None:
-        die_with(arguments.owner)
     place = f"on SLURM, profile {site.profile_name}" if site.is_slurm else "on this machine"
     print(f"recipe {config.recipe} ({why}), stage {config.stage}, {place} ({site.why})", flush=True)
     if arguments.dry_run:

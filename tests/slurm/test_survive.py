@@ -18,7 +18,8 @@ from tests.slurm.conftest import PATIENCE_S, PrivateCluster, command, wait_until
 from tests.slurm.trainings import Training, ranks_of, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long, pytest.mark.timeout(1200)]
-STEPS = 48  # the faster of two runs makes up to 20 while the other one starts again
+STEPS = 48
+LONG = 120  # of two runs that are preempted together: the faster one makes up to 45 while the other starts again
 LIMIT_AWAY_S = 40
 LONGER = 200  # steps of a run that is to meet its time limit
 GRACE = {"low": 10, "low0": 0}  # partitions and the seconds that they give a preempted job
@@ -34,8 +35,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(
     running_cluster: PrivateCluster, shards: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[int, float]]:
-    """Steps and losses of a run that nobody interrupts, on the same world."""
-    run = train(tmp_path_factory.mktemp("undisturbed") / "run", shards, f"train.steps={STEPS}")
+    """Steps and losses of a run that nobody interrupts, on the same world; of a shorter run they are the first ones."""
+    run = train(tmp_path_factory.mktemp("undisturbed") / "run", shards, f"train.steps={LONG}")
     assert running_cluster.over(run.job, PATIENCE_S) == ["COMPLETED"], run.said
     assert len(run.segments) == 1
     return run.losses
@@ -72,7 +73,7 @@ def test_preempted_any_number_of_times_a_run_ends_as_if_undisturbed(
 ) -> None:
     """Two runs at once, in partitions with and without grace."""
     cluster.up(*site)
-    runs = [train(tmp_path / name, shards, f"train.steps={STEPS}", partition=name) for name in GRACE]
+    runs = [train(tmp_path / name, shards, f"train.steps={LONG}", partition=name) for name in GRACE]
     for run in runs:
         wait_until(lambda run=run: read_begin(run.folder / "job", run.job, 0)[0], "no start", PATIENCE_S)
     preempt(cluster)
@@ -85,7 +86,7 @@ def test_preempted_any_number_of_times_a_run_ends_as_if_undisturbed(
         assert [segment.kind for segment in run.segments] == ["interrupted"] * PREEMPTIONS + ["done"], run.said
         check_continuity(run)
         assert run.segments[0].last_step == 0
-        assert all((s.last_step or 0) > (s.first_step or 0) or s.first_step == STEPS for s in run.segments[1:])
+        assert all((s.last_step or 0) > (s.first_step or 0) or s.first_step == LONG for s in run.segments[1:])
         assert run.losses == undisturbed  # bit for bit: the rows hold the losses at full precision
         report(run)
 
@@ -116,7 +117,7 @@ def test_a_time_limit_and_a_hung_rank_cost_a_restart_and_no_more(
     command("scontrol", "update", f"JobId={limited.job}", "TimeLimit=60")
     assert cluster.over(hung.job, PATIENCE_S) == ["COMPLETED"], hung.said
     check_hung(hung, cluster.nodes[1])
-    assert hung.losses == undisturbed
+    assert hung.losses == undisturbed[:STEPS]
     limited.wait_for_steps(1)
     assert limited.segments[0].kind == "interrupted"
     assert limited.segments[0].reason == f"SIGUSR2 at step {limited.segments[0].last_step}"
@@ -159,7 +160,7 @@ def test_a_run_survives_the_death_of_its_first_node(
     assert second.first_step is not None
     assert second.first_step >= 5
     check_continuity(run)
-    assert run.losses == undisturbed
+    assert run.losses == undisturbed[:STEPS]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a folder that one node alone sees read-only needs root")

@@ -292,8 +292,7 @@ class Trainer:
         weights = full_state(predictor)
         if not self.world.is_main:
             return None
-        head = predictor.context_head
-        is_trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
+        is_trained = predictor.trains_context_head
         with torch.device("meta"):
             whole = Predictor(replace(predictor.config, context_head=is_trained))
         kept = {name: value for name, value in weights.items() if is_trained or not name.startswith("context_head.")}
