@@ -149,6 +149,8 @@ def chain(arguments: argparse.Namespace, site: Site) -> int:
     """Several stages: here one after another, on SLURM as dependent jobs."""
     if arguments.eval_every is not None and not site.is_slurm:
         raise ConfigError("--eval-every is for --cluster slurm; here `evals` evaluates the checkpoints that were kept")
+    if arguments.gpus or arguments.card or arguments.gpu_memory:
+        raise ConfigError("--gpus, --card and --gpu-memory plan one training: give --stage one stage")
     request = ChainRequest(
         recipe=arguments.recipe,
         stages=read_stages(arguments.stage),

@@ -11,6 +11,7 @@ from launch.chain import ChainRequest, plan_chain, read_stages
 from launch.config import RECIPES
 from launch.job_words import duration, how_ended, why_pending
 from launch.status import StatusError, read_status
+from launch.submit import main as submit
 from vjepa import create_model
 from vjepa.config import ConfigError
 from vjepa.hub import save_pretrained
@@ -108,6 +109,14 @@ def test_a_stage_that_a_resume_begins_is_the_one_that_was_asked_for(tmp_path: Pa
     assert plan_chain(request(tmp_path), resume=True).configs["cooldown"].train.steps == 7
     again = plan_chain(request(tmp_path, "cooldown.train.steps=8"), resume=True)
     assert again.configs["cooldown"].train.steps == 8, "the command is on top"
+
+
+def test_a_plan_for_a_card_is_of_one_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--stage", "primary,cooldown", "--recipe", "debug", "--dry-run", f"run_dir={tmp_path}", "--gpus"]
+    assert submit([*command, "8"]) == 2
+    assert "plan one training: give --stage one stage" in capsys.readouterr().err
+    assert submit(command[:-1]) == 0
+    assert "cooldown: 10 steps" in capsys.readouterr().out
 
 
 def test_evaluations_are_over_when_every_suite_has_been_asked(tmp_path: Path) -> None:
