@@ -1,6 +1,9 @@
 """Reading a video container with PyAV: which stream, which way up, and when its frames are shown. Free of torch."""
 
+import contextlib
 import io
+from collections.abc import Iterator
+from pathlib import Path
 
 import av
 import numpy as np
@@ -19,6 +22,31 @@ def quarter_turns(rotation: float) -> int:
 def open_bytes(data: bytes) -> InputContainer:
     """A container over a file's bytes; a title that is no UTF-8 does not make a video unreadable."""
     return av.open(io.BytesIO(data), mode="r", metadata_errors="replace")
+
+
+@contextlib.contextmanager
+def open_container(data: bytes | Path) -> Iterator[InputContainer]:
+    """`open_bytes`, or the same over a file that stays on the disk and is read bit by bit.
+
+    FFmpeg never sees the path: to it both are a stream of bytes, so that a name cannot change how they are read.
+    """
+    if isinstance(data, bytes):
+        with open_bytes(data) as container:
+            yield container
+    else:
+        with NamelessFile(data) as file, av.open(file, mode="r", metadata_errors="replace") as container:
+            yield container
+
+
+class NamelessFile(io.BufferedReader):
+    """A file opened for reading that does not tell what it is called."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+
+    @property
+    def name(self) -> str:
+        return "<none>"  # as PyAV calls bytes
 
 
 def video_stream(container: InputContainer) -> VideoStream:

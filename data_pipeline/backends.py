@@ -6,13 +6,15 @@ torchcodec is imported only when its decoder is made: it needs FFmpeg on the mac
 """
 
 import io
+import weakref
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.avfile import frame_stamps, open_bytes, quarter_turns, video_stream
+from data_pipeline.avfile import NamelessFile, frame_stamps, open_container, quarter_turns, video_stream
 from data_pipeline.media import DecodeError, MediaInfo, check_info
 from data_pipeline.picture import upright_rgb
 
@@ -26,13 +28,18 @@ class TorchCodecDecoder:
     On `cuda:N` the frames are decoded by the GPU (by the CPU where its NVDEC does not know the codec) and stay there.
     """
 
-    def __init__(self, data: bytes, max_pixels: int, device: str = "cpu"):
+    def __init__(self, data: bytes | Path, max_pixels: int, device: str = "cpu"):
         from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
-        if not data:
+        if (len(data) if isinstance(data, bytes) else data.stat().st_size) == 0:
             raise DecodeError("empty file")
         self._data, self._max_pixels, self._device = data, max_pixels, device
-        self._decoder = VideoDecoder(data, seek_mode="exact", num_ffmpeg_threads=1, device=device)
+        self._instead: PyAvDecoder | None = None
+        source = data
+        if isinstance(data, Path):  # as an open file: FFmpeg never sees the path, see `avfile.open_container`
+            source = NamelessFile(data)
+            weakref.finalize(self, source.close)
+        self._decoder = VideoDecoder(source, seek_mode="exact", num_ffmpeg_threads=1, device=device)
         facts = self._decoder.metadata
         begin, end = float(facts.begin_stream_seconds or 0.0), float(facts.end_stream_seconds or 0.0)
         count, header_fps = int(facts.num_frames or 0), float(facts.average_fps or 0.0)
@@ -50,7 +57,8 @@ class TorchCodecDecoder:
         asked = np.clip(times, self.info.begin, last)
         found = self._sought(asked)
         if found is None:  # it has sought past them: MPEG-TS, AVI with B-frames
-            return PyAvDecoder(self._data, self._max_pixels).frames_at(times).to(self._device)
+            self._instead = self._instead or PyAvDecoder(self._data, self._max_pixels)
+            return self._instead.frames_at(times).to(self._device)
         return found
 
     def _sought(self, times: np.ndarray) -> Tensor | None:
@@ -67,9 +75,9 @@ class TorchCodecDecoder:
 class PyAvDecoder:
     """PyAV: reads the packets' times, seeks to the key frame before the first wanted frame, decodes up to the last."""
 
-    def __init__(self, data: bytes, max_pixels: int):
+    def __init__(self, data: bytes | Path, max_pixels: int):
         self._data = data
-        with open_bytes(data) as container:
+        with open_container(data) as container:
             stream = video_stream(container)
             self._base = stream.time_base
             self._stamps, length = frame_stamps(container, stream)  # int64 [frames], in ticks of the time base
@@ -77,13 +85,14 @@ class PyAvDecoder:
             width, height, codec = context.width, context.height, context.name
         if len(self._stamps) == 0:
             raise DecodeError("no frames")
-        with open_bytes(data) as container:  # the rotation is known only once a frame is decoded
+        with open_container(data) as container:  # the rotation is known only once a frame is decoded
             first = next(iter(container.decode(video_stream(container))), None)
         if first is None:
             raise DecodeError("no frames")
         self._turns = quarter_turns(first.rotation)
         if self._turns % 2:
             width, height = height, width
+        self._starts = np.array([self._seconds(stamp) for stamp in self._stamps])  # seconds, [frames]
         begin, end = self._seconds(self._stamps[0]), self._seconds(self._stamps[-1] + length)
         fps = len(self._stamps) / (end - begin) if end > begin else 0.0
         self.info = check_info(
@@ -92,8 +101,7 @@ class PyAvDecoder:
 
     def frames_at(self, times: np.ndarray) -> Tensor:
         """See `Decoder.frames_at`."""
-        starts = np.array([self._seconds(stamp) for stamp in self._stamps])
-        shown = np.clip(np.searchsorted(starts, times, side="right") - 1, 0, len(starts) - 1)  # [T]
+        shown = np.clip(np.searchsorted(self._starts, times, side="right") - 1, 0, len(self._starts) - 1)  # [T]
         wanted = {int(self._stamps[i]) for i in shown}
         found = self._decode(wanted, seek=True) or self._decode(wanted, seek=False)
         if found is None:
@@ -105,7 +113,7 @@ class PyAvDecoder:
         """The wanted frames by time stamp, or None where the stream does not give them all from there."""
         found: dict[int, np.ndarray] = {}
         first, last = min(wanted), max(wanted)
-        with open_bytes(self._data) as container:
+        with open_container(self._data) as container:
             stream = video_stream(container)
             if seek:
                 container.seek(first, stream=stream, backward=True)
@@ -127,8 +135,8 @@ class PyAvDecoder:
 class ImageDecoder:
     """pillow: EXIF orientation applied, RGB; the picture stands still for any number of frames."""
 
-    def __init__(self, data: bytes, max_pixels: int):
-        picture = Image.open(io.BytesIO(data))
+    def __init__(self, data: bytes | Path, max_pixels: int):
+        picture = Image.open(io.BytesIO(data if isinstance(data, bytes) else data.read_bytes()))
         codec, (width, height) = str(picture.format).lower(), picture.size
         check_info(MediaInfo(1, 1.0, 0.0, 1.0, width, height, codec), max_pixels=max_pixels)  # before decoding it
         self._pixels = np.asarray(upright_rgb(picture))  # [H, W, C]

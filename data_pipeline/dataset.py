@@ -141,6 +141,30 @@ class ClipDataset:
             }
         return found
 
+    def identity(self) -> dict[str, dict[str, str]]:
+        """`{modality: {what: how}}`: all that decides the pixels of an ordinal, in words that can be compared.
+
+        Where shards lie, workers and caches are not in it. A time-out may replace a record all the same: compare the
+        sample's key, and how many were rejected for it.
+        """
+        config, found = self.config, {}
+        shared = {
+            "seed": str(self.seed),
+            "resized on": config.augment_on,
+            "bad samples": f"above {config.max_pixels} pixels, bytes verified: {config.verify_bytes}, "
+            f"{config.bad_attempts} attempts",
+        }
+        for modality, sources in self.info().items():
+            part = config.modalities()[modality]
+            found[modality] = shared | {"order": f"{part.order} of {', '.join(sources)}"}
+            if modality == "video":
+                found[modality]["decoder"] = f"{self.backend} on {config.decode_device}"
+            for name, told in sources.items():
+                weight = part.sources[name].weight
+                records = f"weight {weight:g}, {told['samples']} samples, {told['bytes']} bytes, {told['fingerprint']}"
+                found[modality] |= {f"records of {name}": records, f"clips of {name}": str(part.clip_of(name))}
+        return found
+
     def counters(self) -> dict[str, dict[str, dict[str, float]]]:
         """`{modality: {source: {records, wait_seconds, samples, ...}}}`: what the data have cost (see `counters.py`).
 

@@ -30,7 +30,7 @@ _INSTALL = "install FFmpeg (apt-get install --no-install-recommends ffmpeg)"
 
 
 def open_decoder(
-    data: bytes,
+    data: bytes | Path,
     modality: str,
     *,
     backend: Backend = "auto",
@@ -42,7 +42,8 @@ def open_decoder(
     """A decoder for these bytes, with its facts checked.
 
     Args:
-        data: the whole media file.
+        data: the whole media file, or its path: a video is then read bit by bit and never lies in memory whole (but
+            where it is isolated).
         modality: `video` or `image`.
         backend: which video decoder; images always go to pillow.
         max_pixels: largest height x width that is decoded.
@@ -59,6 +60,7 @@ def open_decoder(
             return ImageDecoder(data, max_pixels)
         chosen = choose_backend(backend)
         if chosen == "decord" or isolated:
+            data = data if isinstance(data, bytes) else data.read_bytes()
             return IsolatedDecoder(data, max_pixels, backend=chosen, timeout=timeout)
         return TorchCodecDecoder(data, max_pixels, device) if chosen == "torchcodec" else PyAvDecoder(data, max_pixels)
 

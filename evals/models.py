@@ -198,6 +198,19 @@ def load_models(specs: Sequence[str], *, device: torch.device | str = "cpu") -> 
     return [*models, *rivals]
 
 
+def load_model(spec: str, *, device: torch.device | str = "cpu") -> EncoderModel | ForeignModel:
+    """The model of one spec (see `load_models`), without what it is measured against."""
+    name, spec = _name_and_spec(spec)
+    kind, _, rest = spec.partition(":")
+    if kind == UNTRAINED:
+        return _untrained_size(name, rest, device)
+    if kind == HUGGING_FACE:
+        source = load_transformers(rest, name=name, device=str(device))
+        return ForeignModel(source.name, source)
+    path = _existing(spec)
+    return EncoderModel(name or path.stem, *_read(path, device))
+
+
 def _name_and_spec(spec: str) -> tuple[str | None, str]:
     name, equals, rest = spec.partition("=")
     return (name, rest) if equals and name and not Path(spec).exists() else (None, spec)
@@ -212,22 +225,29 @@ def _load(name: str | None, spec: str, *, is_only: bool, device: torch.device | 
         source = load_transformers(rest, device=str(device))
         source = replace(source, name=name or (TRAINED if is_only else source.name))
         return ForeignModel(source.name, source), ForeignModel(UNTRAINED, _anew(source))
+    path = _existing(spec)
+    return _ours(name or (TRAINED if is_only else path.stem), path, device)
+
+
+def _existing(spec: str) -> Path:
     path = Path(spec)
     if not path.exists():
         raise ValueError(
             f"--model {spec}: no such file or folder. Give a folder of an exported encoder, a released .pt, hf:FOLDER "
             f"of transformers, or untrained:SIZE with one of {', '.join(list_models())}; nothing is downloaded by name"
         )
-    return _ours(name or (TRAINED if is_only else path.stem), path, device)
+    return path
+
+
+def _read(path: Path, device: torch.device | str) -> tuple[Encoder, Predictor | None]:
+    if path.is_file():
+        encoder, predictor = import_official(path)
+        return encoder.to(device).eval(), predictor.to(device).eval()
+    return from_pretrained(path, device=device), predictor_from_pretrained(path, device=device)
 
 
 def _ours(name: str, path: Path, device: torch.device | str) -> tuple[EncoderModel, EncoderModel]:
-    pretraining, predictor = read_pretraining(path), None
-    if path.is_file():
-        encoder, predictor = import_official(path)
-        encoder, predictor = encoder.to(device).eval(), predictor.to(device).eval()
-    else:
-        encoder, predictor = from_pretrained(path, device=device), predictor_from_pretrained(path, device=device)
+    pretraining, (encoder, predictor) = read_pretraining(path), _read(path, device)
     begin = {"seed": pretraining.get("seed", 0), "weight_std": pretraining.get("init_std", WEIGHT_STD)}
     first = create_encoder(encoder.config, device="cpu", **begin).to(device).eval()
     expected = None if predictor is None else create_predictor(predictor.config, device="cpu", **begin)

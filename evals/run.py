@@ -2,7 +2,7 @@
 
     python -m evals.run --model PATH [--model NAME=PATH ...] --suite dense|global|all|NAME[,NAME] data.root=DIR
     torchrun --nproc-per-node 8 -m evals.run --model PATH --suite dense data.root=DIR
-    python -m evals.run --model runs/demo/exports/primary --suite motion --data DIR --out runs/demo
+    python -m evals.run --model runs/demo/primary/exports/primary --suite motion --data DIR --out runs/demo
 
 DIR of the first form holds the sets, a folder each. That of the second holds a shard folder for each split of the
 suite: for `motion`, DIR/probe_train and DIR/test.

@@ -1,6 +1,7 @@
 """Pictures of what an encoder sees and of what a probe makes of it, over the frames of clips.
 
-    python -m evals.visualize --model runs/demo/exports/primary --clip video.mp4 --out pca.png
+    python -m evals.visualize --model runs/demo/primary/exports/primary --clip video.mp4 --out pca.png
+    python -m evals.visualize --model EXPORT --clip video.mp4 --out pca.mp4 [--patch 2.5,120,80]
 
 The command shows the three main directions of the patch features as colours. Patches of one colour are alike to the
 encoder. Features that tell things apart give regions that follow objects and keep their colour while they move; a
@@ -12,9 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import mimetypes
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from matplotlib.axes import Axes
@@ -26,16 +28,18 @@ from torch import Tensor
 from data_pipeline.clips import clip_times
 from data_pipeline.decode import frames_at, open_decoder
 from data_pipeline.transforms import make_eval_view
+from evals.embed_config import GEOMETRY, Fit, make_config
+from evals.models import load_model
+from evals.pca import pca_images
+from evals.video_pictures import picture_strip, video_pictures, write_gif, write_mp4
 from vjepa.batch import normalise
 from vjepa.hub import from_pretrained
 from vjepa.nn.encoder import Encoder
 
-GEOMETRY: dict[str, Any] = {"frames": 16, "fps": 4.0, "size": 256}
 CLASS_COLOURS = ("#4aa3df", "#f28c1e", "#3dbb72", "#d64ea1", "#f2d11e", "#8d6fe0", "#e0523f")  # of classes 1, 2, ...
 TINT = 0.6  # share of the class's colour in a coloured token
 INK = "#3a3f47"
 SMALL = 64  # pixels along a side up to which pictures are drawn smaller
-ROBUST_RANGE = (0.01, 0.99)  # quantiles that become black and full colour: single odd patches would grey out the rest
 
 
 def read_clip(data: bytes, modality: str, *, frames: int, fps: float, size: int, position: float = 0.5) -> Tensor:
@@ -59,56 +63,6 @@ def patch_features(encoder: Encoder, clip: Tensor, *, level: int | None = None) 
     indices = [encoder.levels[-1] if level is None else level]
     (features,) = encoder.forward_intermediates(normalise(clip[None]), indices=indices, output_fmt="NCTHW")
     return features[0].permute(1, 2, 3, 0).float()
-
-
-def pca_images(tokens: Tensor) -> Tensor:
-    """The first three principal components of all tokens of a clip as colours: [T, h, w, D] -> [T, h, w, 3] in 0..1.
-
-    The sign of a component is that of its largest loading, so the same features always give the same picture.
-    """
-    projected, _ = _principal_components(tokens)
-    return _as_colours(_robust_range(projected), tokens)
-
-
-def whitened_pca(tokens: Tensor) -> tuple[Tensor, float]:
-    """DINOv3's picture of a clip: [T, h, w, D] -> [T, h, w, 3] in 0..1, and the share of variance that it shows.
-
-    Three components of all tokens, each whitened to variance 1, then sigmoid(2x) (reference evaluation.md 1.6). One
-    basis holds for all frames; signs are those of `pca_images`. A direction without variance is grey.
-    """
-    projected, share = _principal_components(tokens)
-    std = projected.std(dim=0, correction=0)
-    is_flat = std <= 1e-7 * tokens.abs().amax().double().clamp_min(1e-12)  # rounding of float32
-    return _as_colours((2 * projected / torch.where(is_flat, torch.inf, std)).sigmoid(), tokens), share
-
-
-def _principal_components(tokens: Tensor) -> tuple[Tensor, float]:
-    """Tokens [T, h, w, D] along their three main axes: float64 [T * h * w, <=3], the strongest first, and the share of
-    their variance; the sign is that of an axis' largest loading."""
-    if tokens.dim() != 4 or not tokens.isfinite().all():
-        raise ValueError(f"tokens must be finite and [T, h, w, D], got {list(tokens.shape)}")
-    flat = tokens.reshape(-1, tokens.shape[-1]).double()
-    centred = flat - flat.mean(dim=0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    axes = vectors[:, -3:].flip(1)  # [D, <=3], the strongest first
-    signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    share = values[-3:].sum() / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return centred @ (axes * signs), share.item()
-
-
-def _as_colours(components: Tensor, tokens: Tensor) -> Tensor:
-    """[N, <=3] in 0..1 as pictures [T, h, w, 3]; what is missing is 0.5."""
-    missing = components.new_full((len(components), 3 - components.shape[1]), 0.5)
-    return torch.cat([components, missing], dim=1).reshape(*tokens.shape[:3], 3).float()
-
-
-def _robust_range(values: Tensor) -> Tensor:
-    """Each column stretched to 0..1 between its quantiles [N, k]; a constant column becomes 0.5."""
-    low, high = torch.quantile(values, torch.tensor(ROBUST_RANGE, dtype=values.dtype), dim=0)
-    span = high - low
-    is_flat = span <= 1e-9 * values.abs().amax(dim=0).clamp_min(1e-12)
-    scaled = ((values - low) / torch.where(is_flat, 1, span)).clamp(0, 1)
-    return torch.where(is_flat, 0.5, scaled)
 
 
 def pca_grid(frames: Tensor, rows: Mapping[str, Tensor] | Tensor, *, title: str = "", max_columns: int = 8) -> Figure:
@@ -263,28 +217,80 @@ def guess_modality(path: Path) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evals.visualize", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of an exported encoder, or a released .pt")
+    kinds = "folder of an exported encoder, or a released .pt; for a whole video hf:FOLDER or untrained:SIZE too"
+    parser.add_argument("--model", type=Path, required=True, help=kinds)
     parser.add_argument("--clip", type=Path, required=True, help="a video or an image")
-    parser.add_argument("--out", type=Path, default=Path("pca.png"), help="picture to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path("pca.png"), help="picture of a clip, or .mp4 or .gif of a whole video"
+    )
     parser.add_argument("--frames", type=int, help="frames of the clip (default: as trained, else 16); images have 1")
     parser.add_argument("--fps", type=float, help="frames per second of the clip (default: as trained, else 4)")
     parser.add_argument("--size", type=int, help="height and width in pixels (default: as trained, else 256)")
     parser.add_argument("--position", type=float, default=0.5, help="where in the video: 0 its start, 1 its end")
     parser.add_argument("--level", type=int, help="0-based block to show, one with a level norm (default: the last)")
+    whole = parser.add_argument_group("a whole video, by the windows of evals.embed (an .mp4 or .gif always is one)")
+    whole.add_argument("--whole", action="store_true", help="a .png of steps spread over all of the video")
+    whole.add_argument("--patch", type=_place, metavar="T,Y,X", help="heat of similarity with this second and pixel")
+    whole.add_argument("--patch-tokens", type=_place, metavar="T,Y,X", help="the same by step, row and column")
+    whole.add_argument("--foreground", action="store_true", help="colour only what the first component sets apart")
+    whole.add_argument("--overlap", type=int, help="frames that windows share (default: half of --frames)")
+    whole.add_argument("--fit", choices=get_args(Fit), help="centred square, whole frame, or stretched (default: crop)")
+    whole.add_argument("--device", default="cpu")
     return parser
+
+
+def _place(text: str) -> tuple[float, ...]:
+    """T,Y,X out of the command line."""
+    numbers = tuple(float(part) for part in text.split(","))
+    if len(numbers) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not T,Y,X: three numbers with commas between")
+    return numbers
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    is_film = options.out.suffix.lower() in (".mp4", ".gif")
+    is_whole = is_film or options.whole or options.patch or options.patch_tokens
+    try:
+        (draw_video if is_whole else draw_clip)(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {options.out}")
+
+
+def draw_clip(options: argparse.Namespace) -> None:
+    """The picture of one clip."""
     asked = {name: value for name in GEOMETRY if (value := getattr(options, name)) is not None}
     geometry = GEOMETRY | trained_geometry(options.model) | asked
     modality = guess_modality(options.clip)
     clip = read_clip(options.clip.read_bytes(), modality, **geometry, position=options.position)
     rgb = pca_images(patch_features(from_pretrained(options.model), clip, level=options.level))
     figure = pca_grid(clip.permute(1, 2, 3, 0), rgb, title=f"{options.clip.name} seen by {options.model}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out)
-    print(f"wrote {options.out}")
+
+
+def draw_video(options: argparse.Namespace) -> None:
+    """The film or strip of a whole video: PCA, or similarity with a patch."""
+    spec = str(options.model)
+    model = load_model(spec, device=options.device)
+    asked = {name: getattr(options, name) for name in ("overlap", "fps", "size", "fit", "level")}
+    config = make_config(model, spec, window=options.frames, dtype="fp16", **asked)
+    with video_pictures(model, config, options.clip) as video:
+        patch = options.patch or options.patch_tokens
+        if patch:
+            paint = video.similarity(patch, tokens=options.patch is None)
+        else:
+            paint = video.pca(foreground=options.foreground)
+        suffix, count = options.out.suffix.lower(), len(video.features)
+        if suffix == ".mp4":
+            write_mp4(options.out, video.pictures(paint), video.fps)
+        elif suffix == ".gif":
+            write_gif(options.out, video.pictures(paint), video.fps, count)
+        else:
+            frames, painted = picture_strip(video, paint, columns=8)
+            title = f"{options.clip.name} seen by {spec}"
+            pca_grid(frames, {"similarity" if patch else "features": painted}, title=title).savefig(options.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from evals.protocol import TRAINED
 from evals.results import SUMMARY, read_summary_rows
+from evals.suites import SUITES
 from launch.chain_check import check_chain, export_of, naming
 from launch.cluster import num_processes, run_locally
 from launch.config import RunConfig, SuiteConfig, load_for_resume, recipe_layers
 from launch.job_order import job_folder, write_whole
 from launch.processes import Trainings
 from launch.report_single import build_report
-from vjepa.config import ConfigError, ModelConfig, merge, to_object
+from vjepa.config import ConfigError, ModelConfig, merge, to_object, to_yaml
 from vjepa.hub import CONFIG
 from vjepa.registry import create_encoder
 from vjepa.train.run_dir import RunDir
@@ -36,7 +37,7 @@ KEYS = {field.name for field in fields(RunConfig)}
 
 @dataclass(frozen=True)
 class ChainRequest:
-    """What is asked for; kept in ROOT/job/chain.json, from which `resume` submits what is not finished."""
+    """What is asked for; kept in ROOT/job/chain.json: stages that a `--resume` begins are those that were asked for."""
 
     recipe: str
     stages: tuple[str, ...]
@@ -92,8 +93,16 @@ class Chain:
     def is_finished(self, stage: str) -> bool:
         """Whether a stage has left what the next ones need: an export and its figures, or the rows of all trainings."""
         if stage == EVALS:
-            return all(_is_evaluated(config) for config in self.configs.values())
+            return all(_is_evaluated(config, self.suites()) for config in self.configs.values())
         return is_finished(self.configs[stage])
+
+    def begin(self) -> None:
+        """Write down what was asked for; in the runs that are there too, which are evaluated by their own files."""
+        self.request.write(self.root)
+        for config in self.configs.values():
+            stored = RunDir(config.run_dir).config
+            if stored.is_file():
+                write_whole(stored, to_yaml(config))
 
     def describe(self) -> list[str]:
         """A line for each stage: what it starts from and where it goes."""
@@ -101,7 +110,8 @@ class Chain:
         for stage, config in self.configs.items():
             teacher = config.objective.teacher.path
             start = f", starts from {config.init_from}" if config.init_from else ""
-            taught = "" if teacher is None else ", its frozen teacher" if start else f", frozen teacher {teacher}"
+            is_own = teacher is not None and teacher == config.init_from
+            taught = "" if teacher is None else ", its frozen teacher" if is_own else f", frozen teacher {teacher}"
             lines.append(f"  {stage}: {config.train.steps} steps in {config.run_dir}{start}{taught}")
         if self.has_evals:
             lines.append(f"  {EVALS}: {', '.join(self.suites())} of {', '.join(self.configs)}")
@@ -117,9 +127,11 @@ def is_finished(config: RunConfig) -> bool:
     )
 
 
-def _is_evaluated(config: RunConfig) -> bool:
+def _is_evaluated(config: RunConfig, suites: Iterable[str]) -> bool:
+    """Whether the summary has every task of the suites for a training's encoder."""
     rows = read_summary_rows(config.summary_folder())
-    return any((row.stage, row.model, row.step) == (config.stage, TRAINED, None) for row in rows)
+    measured = {row.task for row in rows if (row.stage, row.model, row.step) == (config.stage, TRAINED, None)}
+    return measured >= {task.name for suite in suites for task in SUITES[suite].tasks}
 
 
 # ------------------------------------------------------------------------------------------------------------ planning
@@ -156,8 +168,9 @@ def plan_chain(
     """
     is_alone = not request.trainings
     if is_alone:  # evaluations of what was trained before
-        request = replace(request, stages=(*_trained_before(request), EVALS))
         resume = True
+    if resume:
+        request = _as_begun(request)
     own = _split(request)
     root = Path(_root(request))
     root = root.resolve() if is_absolute else root  # a job's folder must not depend on where it is started from
@@ -176,14 +189,32 @@ def plan_chain(
     return chain
 
 
-def _trained_before(request: ChainRequest) -> tuple[str, ...]:
-    root = Path(_root(replace(request, stages=("primary",))))
+def _as_begun(request: ChainRequest) -> ChainRequest:
+    """A request to go on, with what the chain or the run in its folder was begun with below what is asked now."""
+    root = Path(_root(replace(request, stages=request.trainings or ("primary",))))
     if (job_folder(root) / RECORD).is_file():
-        return ChainRequest.read(root).trainings
+        begun = ChainRequest.read(root)
+        request = replace(
+            request,
+            recipe=begun.recipe,
+            options=request.options or begun.options,
+            overrides=(*(text for text in begun.overrides if _is_of(text, request)), *request.overrides),
+            eval_every=begun.eval_every if request.eval_every is None else request.eval_every,
+        )
+        return request if request.trainings else replace(request, stages=(*begun.trainings, EVALS))
+    if request.trainings:
+        return request
     stored = RunDir(root).config
     if not stored.is_file():
         raise ConfigError(f"--stage {EVALS}: {root} holds no run to evaluate: train it first, or give its run_dir=...")
-    return (load_for_resume(stored, []).stage,)
+    run = load_for_resume(stored, [])
+    return replace(request, recipe=run.recipe, stages=(run.stage, EVALS))
+
+
+def _is_of(text: str, request: ChainRequest) -> bool:
+    """Whether an override that a chain was begun with is of the stages that are asked for now."""
+    first, dot, _ = text.partition("=")[0].partition(".")
+    return not dot or first in KEYS or not request.trainings or first in request.trainings
 
 
 def _refuse_unfinished(chain: Chain) -> None:
@@ -296,7 +327,7 @@ def _kept_for_evaluation(node: DictConfig, every: int) -> list[str]:
 
 def run_chain_locally(chain: Chain) -> int:
     """One stage after another in the foreground; the status of the first that fails, which is the last that runs."""
-    chain.request.write(chain.root)
+    chain.begin()
     for stage in chain.request.stages:
         if chain.is_finished(stage):
             print(f"stage {stage} is finished", flush=True)

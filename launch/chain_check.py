@@ -9,11 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from launch.config import RunConfig, SuiteConfig
-from launch.init_from import check_exported
+from launch.init_from import check_exported, is_exported, optimizer_checkpoint
 from vjepa.config import ConfigError
 from vjepa.hub import CONFIG, save_config
-from vjepa.objectives import ObjectiveConfig, build_objective
-from vjepa.objectives.build import predictor_for
+from vjepa.objectives import JEPA, ObjectiveConfig, build_objective
 from vjepa.objectives.checks import freeze_unused
 
 
@@ -44,19 +43,29 @@ def check_chain(
         for stage, config in configs.items():
             with naming(stage):
                 _check_stage(config, stand_ins, world(config), needs_sources=needs_sources)
+            _save_stand_in(config, stand_ins, Path(folder) / stage)
             if not (export_of(config) / CONFIG).is_file():
                 stand_ins[export_of(config).resolve()] = Path(folder) / stage
-                _save_stand_in(config, stand_ins, Path(folder) / stage)
-            stand_ins.setdefault(Path(config.run_dir).resolve(), Path(folder) / stage)  # its checkpoints
+            stand_ins[Path(config.run_dir).resolve()] = Path(folder) / stage  # its checkpoints
     if suites is not None:
         _check_evals(configs, suites)
 
 
 def _save_stand_in(config: RunConfig, stand_ins: Mapping[Path, Path], folder: Path) -> None:
     """What an export says of itself, before there is one."""
-    encoder = config.model.encoder_config()
-    predictor = predictor_for(_objective(config, stand_ins), config.predictor, encoder)
-    save_config(encoder, folder, extra={} if predictor is None else {"predictor": asdict(predictor)})
+    objective = _built(replace(config, objective=_objective(config, stand_ins)))
+    predictor = objective.predictor
+    told = {}
+    if predictor is not None:
+        told["predictor"] = asdict(replace(predictor.config, context_head=predictor.trains_context_head))
+    save_config(objective.encoder.config, folder, extra=told)
+
+
+def _built(config: RunConfig) -> JEPA:
+    """The objective without its numbers, and with what its steps do not train frozen."""
+    objective = build_objective(config.objective, config.model, config.predictor, seed=0, device="meta")
+    freeze_unused(objective, list(config.train.batch.as_dict()))
+    return objective
 
 
 def _objective(config: RunConfig, stand_ins: Mapping[Path, Path]) -> ObjectiveConfig:
@@ -83,14 +92,15 @@ def _check_stage(config: RunConfig, stand_ins: Mapping[Path, Path], world: int, 
 
 
 def _check_start(config: RunConfig, start: Path, stand_ins: Mapping[Path, Path]) -> None:
-    """Whether first weights are there or will be, and those of an export fit."""
+    """Whether first weights are there or will be, and fit: those of a stage of this chain, of an export or a file."""
     there = stand_ins.get(start.resolve(), start)
-    if not there.exists() and start.resolve() not in stand_ins:
+    if not there.exists():
         raise ConfigError(f"init_from={start} is not there, and no stage before this one makes it")
-    if there != start and start.parent.name == "exports":
-        objective = build_objective(config.objective, config.model, config.predictor, seed=0, device="meta")
-        freeze_unused(objective, list(config.train.batch.as_dict()))
-        check_exported(objective, there, predictor=config.init_predictor)
+    is_run = there != start and start.parent.name != "exports"  # of this chain: its predictor comes along
+    if is_exported(there):
+        check_exported(_built(config), there, predictor=config.init_predictor or is_run)
+    if there == start:
+        optimizer_checkpoint(config)
 
 
 def _check_evals(configs: Mapping[str, RunConfig], suites: Mapping[str, SuiteConfig]) -> None:

@@ -10,8 +10,8 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vjepa.config import ConfigError, read_recipe, resolve
@@ -41,6 +41,21 @@ FLAGS = {  # command line -> key, and what it says
 
 
 @dataclass
+class OneProcess:
+    """What a job asks for that is one process on one node. A key that is null is a training's."""
+
+    gpus: int = 0  # at most so many: none where the trainings have none
+    cpus: int | None = None  # null: those of one rank
+    mem_gb: float | None = None  # null: one rank's share of its node
+    time_min: int | None = None
+    partition: str | None = None
+
+    def __post_init__(self) -> None:
+        least = {"gpus": 0, "cpus": 1, "mem_gb": 0.001, "time_min": 1}
+        _check_counts({name: getattr(self, name) for name in least}, least)
+
+
+@dataclass
 class ClusterProfile:
     """One cluster, as a job of ours sees it. A key that is null is left to the site's defaults."""
 
@@ -64,13 +79,17 @@ class ClusterProfile:
     srun_args: list[str] = field(default_factory=list)  # for srun, such as --container-image=...
     environment: dict[str, str] = field(default_factory=dict)  # variables of the job
     data: dict[str, dict[str, str]] = field(default_factory=dict)  # MODALITY: {SOURCE: path of shards}
+    evals: OneProcess = field(default_factory=lambda: OneProcess(gpus=1))  # evaluations; the judging of a sweep
+    tools: OneProcess = field(default_factory=OneProcess)  # parts of a data preparation, and their join
     rendezvous_s: float = 300.0  # within which every rank must have come
     max_restarts: int = 100  # of one job, for whatever reason: time limits, preemptions, failures
     max_crashes: int = 3  # failures in a row without a newer checkpoint
     extra: dict[str, str | None] = field(default_factory=dict)  # further sbatch options; null: a flag without a value
 
     def __post_init__(self) -> None:
-        self._check_counts()
+        least = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time_min": 1}
+        least |= {"mem_gb": 0.001, "rendezvous_s": 1, "max_restarts": 0, "max_crashes": 1}
+        _check_counts({name: getattr(self, name) for name in least}, least)
         if self.signal_delay_s < LEAST_SIGNAL_DELAY_S:
             raise ValueError(
                 f"signal_delay_s={self.signal_delay_s} must be at least {LEAST_SIGNAL_DELAY_S}: SLURM may be a minute "
@@ -83,14 +102,6 @@ class ClusterProfile:
             if name.replace("_", "-").lstrip("-") in OURS:
                 raise ValueError(f"extra.{name} is set by the job script itself: leave it out")
 
-    def _check_counts(self) -> None:
-        least = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time_min": 1}
-        least |= {"mem_gb": 0.001, "rendezvous_s": 1, "max_restarts": 0, "max_crashes": 1}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{name}={value} must be at least {bound}")
-
     @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or max(1, self.gpus_per_node)
@@ -98,6 +109,27 @@ class ClusterProfile:
     @property
     def world(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    def of_one_process(self, share: OneProcess) -> ClusterProfile:
+        """The profile of a job that is one process; a whole node (`exclusive`) is not for it."""
+        rank_gb = None if self.mem_gb is None else self.mem_gb / self.ranks_per_node
+        return replace(
+            self,
+            nodes=1,
+            tasks_per_node=1,
+            gpus_per_node=min(share.gpus, self.gpus_per_node),
+            cpus_per_task=share.cpus or self.cpus_per_task,
+            mem_gb=share.mem_gb or rank_gb,
+            time_min=share.time_min or self.time_min,
+            partition=share.partition or self.partition,
+            extra={name: value for name, value in self.extra.items() if name.lstrip("-") != "exclusive"},
+        )
+
+
+def _check_counts(values: Mapping[str, float | None], least: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        if value is not None and value < least[name]:
+            raise ValueError(f"{name}={value} must be at least {least[name]}")
 
 
 def load_profile(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:

@@ -32,6 +32,7 @@ FREE_ON_RESUME = (
     "check_memory",
     "report",
     "evals",
+    "objective.teacher.cache",  # its numbers are those of objective.teacher.cache_dtype, with a folder or without
     "data.workers",
     "data.prefetch",
     "data.sample_timeout",

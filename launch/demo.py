@@ -35,10 +35,11 @@ def run_demo(run_dir: Path, *, seeds: int, jobs: int, overrides: Sequence[str] =
         if any(override.startswith(f"{field}=") for override in overrides):
             raise ConfigError(f"the demo sets {field} itself: use --run-dir and --seeds")
     runs = [run_dir if seed == 0 else run_dir.with_name(f"{run_dir.name}-seed{seed}") for seed in range(seeds)]
+    request = ChainRequest(RECIPE, STAGES, overrides=(*overrides, f"run_dir={run_dir}/new"))
+    planned = plan_chain(request, resume=False)  # refused before anything is moved
     for run in runs:
         _move_aside(run)
-    request = ChainRequest(RECIPE, STAGES, overrides=(*overrides, f"run_dir={run_dir}"))
-    for config in plan_chain(request, resume=False).configs.values():
+    for config in planned.configs.values():
         prepare_data(config)  # once for all seeds
     took = {"data": time.monotonic() - begin}
     if status := _train(runs, jobs, overrides):

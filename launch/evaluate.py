@@ -119,7 +119,8 @@ def _evaluate_suite(suite: str, settings: SuiteConfig, stages: Sequence[Stage], 
     found = _run_all(list(_jobs(suite, settings, stages, done)), at_once)
     for stage in stages:
         _save(stage.runs[0], stage.config, [row for row in found if row.stage == stage.config.stage])
-        _picture(stage.runs[0], stage.config, suite, settings)
+        if suite in stage.config.suites():  # for the stage's own page
+            _picture(stage.runs[0], stage.config, suite, settings)
     rows = [*found, *known]
     train, test = _splits(suite, settings.data, *_cut(stages[0].config))
     title = f"{suite}: probes on {len(train)} clips, {len(test)} test clips, {time.monotonic() - begin:.0f} s"
@@ -283,7 +284,7 @@ def _encoder(job: Job, config: RunConfig) -> Encoder:
     encoder, _ = build_models(config.model, config.predictor, seed=config.train.seed)
     if job.step is not None:
         path = checkpoint.checkpoint_path(RunDir(job.run).checkpoints, job.step)
-        checkpoint.load_module(path, encoder, "target.encoder" if config.objective.target == "ema" else "encoder")
+        checkpoint.load_module(path, encoder, config.objective.exported)
     return encoder
 
 

@@ -26,23 +26,24 @@ from vjepa.objectives.jepa import JEPA
 from vjepa.train import checkpoint
 from vjepa.train.distributed import ALONE, World
 from vjepa.train.run_dir import RunDir
+from vjepa.train.start import IN_WORDS, listed, load_start
 
 
 def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE, *, predictor: bool = False) -> str:
     """Fill an objective, whole or in shards, from a run or from exported weights; what was taken, in words.
 
-    From a run's directory, or one of its checkpoints: encoder, predictor and target of the newest checkpoint.
-    From an exported folder or a released .pt file: encoder and target alike, and the predictor where it is asked for;
-    else that stays as initialised.
+    From a run's directory, or one of its checkpoints: encoder, predictor and what follows the encoder (an EMA target or
+    an average) of the newest checkpoint; a frozen teacher stays that of the recipe.
+    From an exported folder or a released .pt file: the encoder and what follows it alike, and the predictor where it is
+    asked for; else that stays as initialised.
     Raises ConfigError for a path that is none of these, CheckpointError or WeightsError where shapes or names differ,
     or where what was exported computed with other positions, heads or levels, which no shape shows.
     """
     path = Path(path)
     saved = _checkpoint(path)
     if saved is not None:
-        checkpoint.load_module(saved, objective, "", world)
-        return f"encoder, predictor and target of {saved}"
-    if not _is_exported(path):
+        return load_start(saved, objective, world)
+    if not is_exported(path):
         raise ConfigError(
             f"init_from={path} is no run with a checkpoint, no exported folder (RUN/exports/STAGE) and no released .pt "
             "file"
@@ -51,11 +52,11 @@ def load_initial_weights(objective: JEPA, path: Path | str, world: World = ALONE
     weights = from_pretrained(path).state_dict()
     for encoder in {objective.encoder, objective.exported}:
         load_strict(encoder, weights, source=str(path))
-    names = ["encoder", *(["target"] if objective.exported is not objective.encoder else [])]
+    names = ["encoder", *([] if objective.follower is None else [IN_WORDS[objective.config.exported]])]
     if predictor:
         names.append("predictor")
         _load_predictor(objective, path)
-    return f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} of {path}"
+    return f"{listed(names)} of {path}"
 
 
 def check_exported(objective: JEPA, path: Path, *, predictor: bool) -> None:
@@ -85,7 +86,8 @@ def optimizer_checkpoint(config: RunConfig) -> Path | None:
     return saved
 
 
-def _is_exported(path: Path) -> bool:
+def is_exported(path: Path) -> bool:
+    """Whether a path is a released file or an exported folder."""
     return path.is_file() or (path / CONFIG).is_file()
 
 
@@ -145,8 +147,7 @@ def _refuse_other_predictor(stored: PredictorConfig | None, built: Predictor | N
             f"init_predictor=true: the predictor of {path} is another one: {'; '.join(different)}. Set the recipe's to "
             "those of the weights, or init_predictor=false for a fresh one"
         )
-    head = built.context_head
-    if not stored.context_head and head is not None and any(value.requires_grad for value in head.parameters()):
+    if not stored.context_head and built.trains_context_head:
         raise WeightsError(
             f"init_predictor=true: the predictor of {path} has no head for visible tokens, which "
             "objective.terms.context_prediction trains here: set init_predictor=false"

@@ -33,6 +33,7 @@ class JobOrder:
     max_crashes: int  # failures in a row without a newer checkpoint
     rendezvous_s: float  # within which all ranks must have come
     signal_delay_s: int  # before the time limit, SIGUSR2
+    cpus_per_task: int = 1  # as asked for
 
     @property
     def folder(self) -> Path:
@@ -57,6 +58,8 @@ class JobOrder:
             "nodes": self.nodes,
             "tasks_per_node": self.tasks_per_node,
             "gpus_per_node": self.gpus_per_node,
+            "cpus_per_task": self.cpus_per_task,
+            "signal_delay_s": self.signal_delay_s,
             "array": None,
         }
 

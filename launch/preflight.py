@@ -209,9 +209,9 @@ def needed_bytes(config: RunConfig, num_there: int) -> int:
 def checkpoint_bytes(config: RunConfig) -> int:
     """Size of one checkpoint: all weights, and two moments of those that are trained."""
     objective = build_objective(config.objective, config.model, config.predictor, seed=0, device="meta")
-    weights = sum(tensor.numel() for tensor in objective.state_dict().values())
+    weights = sum(tensor.nbytes for tensor in objective.state_dict().values())
     trained = [parameter.numel() for parameter in objective.parameters() if parameter.requires_grad]
-    return BYTES_OF_NUMBER * (weights + 2 * sum(trained)) + BYTES_BESIDE * len(trained)
+    return weights + BYTES_OF_NUMBER * 2 * sum(trained) + BYTES_BESIDE * len(trained)
 
 
 def check_data(data: DataConfig, made: set[str]) -> None:

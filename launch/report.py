@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.protocol import RGB, RGB_DIFFERENCE, Row
 from evals.results import read_summary_rows
 from launch.chain import ChainRequest
 from launch.report_page import chain_page
@@ -25,19 +26,33 @@ def build_reports(folder: Path) -> Path:
     if not ChainRequest.is_in(folder):
         return build_report(folder)
     request = ChainRequest.read(folder)
-    runs = {stage: read_run(folder / stage) for stage in request.trainings if RunDir(folder / stage).metrics.is_file()}
+    runs = {stage: read_run(folder / stage) for stage in request.trainings if _has_rows(folder / stage)}
     links = {stage: Path("..") / build_report(run.folder).relative_to(folder) for stage, run in runs.items()}
     html = chain_page(
         title=folder.resolve().name,
         subtitle=f"{request.recipe}: {', '.join(request.stages)}",
         stages=[_facts(stage, run) for stage, run in runs.items()],
         links={stage: str(link) for stage, link in links.items()},
-        evals=[row for row in read_summary_rows(folder) if row.step is None],
+        evals=_in_order(read_summary_rows(folder), request.trainings),
     )
     path = folder / "report" / "index.html"
     path.parent.mkdir(exist_ok=True)
     path.write_text(html)
     return path
+
+
+def _has_rows(run: Path) -> bool:
+    """Whether a run has logged a step: a stage of none, or one that is starting, has no page."""
+    metrics = RunDir(run).metrics
+    return metrics.is_file() and b"\n" in metrics.read_bytes()
+
+
+def _in_order(rows: Sequence[Row], stages: Sequence[str]) -> list[Row]:
+    """Rows of finished trainings, stage after stage; pixels, which no training changes, of one stage."""
+    known = [row for row in rows if row.step is None and row.stage in stages]
+    known.sort(key=lambda row: stages.index(row.stage))
+    pixels = {(row.task, row.model): row.stage for row in reversed(known) if row.model in (RGB, RGB_DIFFERENCE)}
+    return [row for row in known if pixels.get((row.task, row.model), row.stage) == row.stage]
 
 
 def _facts(stage: str, run: Run) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from launch import scheduler
 from launch.job_order import note_job, read_jobs
+from launch.own_notes import accounts
 from launch.status import live_jobs
 
 FOR_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
@@ -39,7 +40,7 @@ def resume(root: Path) -> list[str]:
         raise ResumeError(f"job {first.job} of {root} is {first.state}: it goes on by itself; or `cancel` it first")
     lines, after = [], None
     for stage, rows in stages.items():
-        if not (left := unfinished(rows)):
+        if not (left := unfinished(root, rows)):
             lines.append(f"{stage} is finished")
             continue
         row = rows[-1]
@@ -51,24 +52,22 @@ def resume(root: Path) -> list[str]:
     return lines
 
 
-def unfinished(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+def unfinished(root: Path, rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """The indices of a stage's elements (0: its one job) that no job of it has completed."""
     last, done = rows[-1], set[str]()
     for row in rows:
-        done |= {job.partition("_")[2] or "0" for job in _completed(row["job"])}
+        done |= {job.partition("_")[2] or "0" for job in _completed(root, row)}
     if last["array"] is None:  # the export is written at the very end
         is_exported = (Path(last["run_dir"]) / "exports" / last["stage"] / "config.json").is_file()
         return [] if is_exported or done else [0]
     return [index for index in range(last["array"]) if str(index) not in done]
 
 
-def _completed(job: str) -> set[str]:
-    """The job, or the elements of the array, that squeue or accounting knows to have completed."""
-    found = {state.job for state in scheduler.queue([job]) if state.state == "COMPLETED"}
-    try:
-        return found | {segment.job for segment in scheduler.accounting([job]) if segment.state == "COMPLETED"}
-    except scheduler.SchedulerError:  # a site without accounting
-        return found
+def _completed(root: Path, row: Mapping[str, Any]) -> set[str]:
+    """The job, or the elements of the array, known to have completed: to squeue, accounting or the run's notes."""
+    found = {state.job for state in scheduler.queue([row["job"]]) if state.state == "COMPLETED"}
+    starts, _ = accounts(root, [row], lambda: ())
+    return found | {start.job for start in starts if start.state == "COMPLETED"}
 
 
 def _array(row: Mapping[str, Any], left: list[int]) -> list[str]:

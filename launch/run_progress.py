@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 TAIL_BYTES = 1 << 19  # of metrics.jsonl: some hundred rows
 TIMED_ROWS = 50  # whose median step is the speed
 STEP = re.compile(r"step_(\d{8,})$")
+ALARM = re.compile(r"ALARM at step (\d+): (.*)")  # as vjepa.train.record says it in rank 0's log
+IN_A_ROW = "evaluations in a row"  # in alarms of collapse, which are said again at every evaluation while they stand
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Progress:
         return (self.steps - self.step) * self.step_seconds
 
 
-def read_progress(run_dir: Path, config: Path | None = None) -> Progress:
-    """What a run's files say; `config` where the run has not begun and holds none yet."""
+def read_progress(run_dir: Path, config: Path | None = None, log: Path | None = None) -> Progress:
+    """What a run's files say; `config` where the run has not begun and holds none yet, `log` is that of rank 0."""
     settings = _settings(run_dir / "config.yaml") or (_settings(config) if config is not None else {})
     train = settings.get("train", {})
     rows = _last_rows(run_dir / "metrics.jsonl")
@@ -52,7 +54,7 @@ def read_progress(run_dir: Path, config: Path | None = None) -> Progress:
         loss=rows[-1].get("loss") if rows else None,
         step_seconds=statistics.median(seconds) if seconds else None,
         checkpoint=max(found, default=None),
-        alarms=[*_standing(meta, train), *_troubles(run_dir, meta)],
+        alarms=[*_standing(meta, train, rows, max(found, default=0), log), *_troubles(run_dir, meta)],
         is_finished=(run_dir / "exports" / str(settings.get("stage")) / "config.json").is_file(),
     )
 
@@ -79,20 +81,24 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last complete rows; the first may be cut by where we begin to read, the last by a writer or a kill."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        begin = max(0, path.stat().st_size - TAIL_BYTES)
-        file.seek(begin)
-        lines = file.read().split(b"\n")[1 if begin else 0 : -1]
+    """The last complete rows."""
     rows = []
-    for line in lines:
+    for line in _last_lines(path):
         try:
             rows.append(json.loads(line))
         except ValueError:  # a tail is for people: `--resume` names a broken line
             continue
     return [row for row in rows if "step" in row]
+
+
+def _last_lines(path: Path) -> list[bytes]:
+    """The last complete lines; the first may be cut by where we begin to read, the last by a writer or a kill."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        begin = max(0, path.stat().st_size - TAIL_BYTES)
+        file.seek(begin)
+        return file.read().split(b"\n")[1 if begin else 0 : -1]
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -108,7 +114,31 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _standing(meta: dict[str, Any], train: dict[str, Any]) -> list[str]:
+def _standing(
+    meta: dict[str, Any], train: dict[str, Any], rows: list[dict[str, Any]], checkpoint: int, log: Path | None
+) -> list[str]:
+    """Collapse alarms that stand at the last evaluation, and what else was said since the newest checkpoint."""
+    evaluated = max((row["step"] for row in rows if any(key.startswith("diag/") for key in row)), default=0)
+    raised = {} if log is None else _raised(log, after=checkpoint)
+    said = [f"{text} (step {step})" for step, texts in raised.items() for text in texts if IN_A_ROW not in text]
+    if evaluated <= checkpoint or log is None:
+        return [*_standing_at_checkpoint(meta, train), *said]
+    return [*(text for text in raised.get(evaluated, []) if IN_A_ROW in text), *said]
+
+
+def _raised(log: Path, *, after: int) -> dict[int, list[str]]:
+    """The alarms in a log of rank 0 by their step; a step that a restart has made again counts once."""
+    found: dict[int, list[str]] = {}
+    for line in _last_lines(log):
+        if match := ALARM.search(line.decode(errors="replace")):
+            step, text = int(match[1]), match[2].strip()
+            found = {other: texts for other, texts in found.items() if other <= step}
+            if step > after and text not in found.setdefault(step, []):
+                found[step].append(text)
+    return found
+
+
+def _standing_at_checkpoint(meta: dict[str, Any], train: dict[str, Any]) -> list[str]:
     """Collapse alarms that stood at the newest checkpoint: its measures broke their rules so many times in a row."""
     state = meta.get("recorder", {}).get("alarms", {})
     consecutive = train.get("alarms", {}).get("consecutive", 2)

@@ -23,6 +23,10 @@ class SchedulerError(RuntimeError):
     """A command of SLURM's that failed or did not answer; the message has its own words."""
 
 
+class NoAnswerError(SchedulerError):
+    """The controller does not answer now: it is busy, or is being restarted."""
+
+
 @dataclass(frozen=True)
 class JobState:
     """A job, or one element of an array, as squeue shows it now."""
@@ -132,9 +136,9 @@ def exclude(job: str, nodes: Sequence[str]) -> None:
     ask("scontrol", "update", f"JobId={_alone(job)}", f"ExcNodeList={names}", outside=True)
 
 
-def test_only(script: Path | str) -> tuple[bool | None, str]:
+def test_only(script: Path | str, *options: str) -> tuple[bool | None, str]:
     """Whether the request of a job script can start on this cluster, and SLURM's own words; None: nobody answered."""
-    done = _run(["sbatch", "--test-only", str(script)])
+    done = _run(["sbatch", "--test-only", *options, str(script)])
     words = [line.removeprefix("sbatch: ") for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     text = "; ".join(words)
     if done.returncode == 0:
@@ -176,9 +180,10 @@ def _run(
     except FileNotFoundError as error:
         raise SchedulerError(f"{command[0]} is not on PATH: is this a machine of the SLURM cluster?") from error
     except subprocess.TimeoutExpired as error:
-        raise SchedulerError(f"{' '.join(command)}: no answer within {TIMEOUT_S:g} s") from error
+        raise NoAnswerError(f"{' '.join(command)}: no answer within {TIMEOUT_S:g} s") from error
 
 
 def _error(command: Sequence[str], done: subprocess.CompletedProcess[str]) -> SchedulerError:
     words = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-    return SchedulerError(f"{' '.join(command)}: {words}")
+    kind = NoAnswerError if any(sign in words for sign in NO_ANSWER) else SchedulerError
+    return kind(f"{' '.join(command)}: {words}")

@@ -12,20 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from submitit.core.utils import DelayedSubmission
-
 from launch import scheduler
 from launch.chain import EVALS, Chain
-from launch.cluster_profile import ClusterProfile
+from launch.cluster_profile import ClusterProfile, OneProcess
 from launch.command_task import STEP_VARIABLE, CommandTask
 from launch.config import RunConfig
-from launch.job_order import JobOrder, job_folder, write_whole
+from launch.job_order import JobOrder, job_folder
+from launch.planned_job import PlannedJob, show, shown
 from launch.resubmit import ResumeError
-from launch.slurm_submit import JobScript, Submitted, plan_order, submit_order
+from launch.slurm_submit import Submitted, plan_order
 from launch.slurm_task import SlurmTask
-from launch.snapshot import snapshot_path, take_snapshot
+from launch.snapshot import ROOT, hash_code, snapshot_path, take_snapshot
 from launch.status import live_jobs
-from vjepa.config import to_yaml
 
 
 @dataclass(frozen=True)
@@ -41,40 +39,39 @@ class Submission:
     @classmethod
     def begin(cls, root: Path, profile: ClusterProfile, profile_name: str) -> Submission:
         """Refuse a root whose jobs still live, and take the snapshot of the code."""
-        root = root.resolve()
-        if alive := live_jobs(root):
+        planned = cls.plan(root, profile, profile_name)
+        if alive := live_jobs(planned.root):
             first = alive[0]
             raise ResumeError(
-                f"job {first.job} of {root} is {first.state}: it goes on by itself. `submit.py cancel {root}` ends it"
+                f"job {first.job} of {planned.root} is {first.state}: it goes on by itself. "
+                f"`submit.py cancel {planned.root}` ends it"
             )
-        snapshot = snapshot_path(job_folder(root))
-        return cls(root, profile, profile_name, str(snapshot), take_snapshot(snapshot))
+        return replace(planned, code_hash=take_snapshot(Path(planned.snapshot)))
 
-    def order(self, config: RunConfig, name: str | None = None, *, is_command: bool = False) -> JobOrder:
-        """The order of a stage called `name`, or as its configuration says."""
-        order = plan_order(config, self.shape(is_command=is_command), self.profile_name, root=self.root)
-        return replace(order, stage=name or order.stage, snapshot=self.snapshot, code_hash=self.code_hash)
+    @classmethod
+    def plan(cls, root: Path, profile: ClusterProfile, profile_name: str) -> Submission:
+        """As `begin`, but nothing is asked or written."""
+        root = root.resolve()
+        return cls(root, profile, profile_name, str(snapshot_path(job_folder(root))), hash_code(ROOT))
 
-    def plain_order(self, recipe: str, name: str) -> JobOrder:
-        """The order of a command that belongs to no training."""
-        return self.order(RunConfig(recipe=recipe, run_dir=str(self.root)), name, is_command=True)
+    def training(self, config: RunConfig, name: str | None = None) -> PlannedJob:
+        """A training, under the name of its stage or another."""
+        order = self._order(config, self.profile, name or config.stage)
+        return PlannedJob(order, self.profile, SlurmTask(order.file("json")), config)
 
-    def shape(self, *, is_command: bool) -> ClusterProfile:
-        """The profile, or for a command that is one process its share of a node."""
-        return one_rank(self.profile) if is_command else self.profile
+    def command(self, config: RunConfig, name: str, share: OneProcess, commands: Sequence[Sequence[str]]) -> PlannedJob:
+        """Commands that belong to a training, in one process."""
+        profile = self.profile.of_one_process(share)
+        order = self._order(config, profile, name)
+        return PlannedJob(order, profile, CommandTask(order.file("json"), commands))
 
-    def write_training(self, config: RunConfig, name: str | None = None) -> tuple[JobOrder, SlurmTask]:
-        """The files of a training's job."""
-        order = self.order(config, name)
-        write_whole(order.file("yaml"), to_yaml(config))
-        order.write()
-        return order, SlurmTask(order.file("json"))
+    def plain_command(self, recipe: str, name: str, share: OneProcess, commands: Sequence[Sequence[str]]) -> PlannedJob:
+        """Commands that belong to no training."""
+        return self.command(RunConfig(recipe=recipe, run_dir=str(self.root)), name, share, commands)
 
-
-def one_rank(profile: ClusterProfile) -> ClusterProfile:
-    """The share of one rank."""
-    share = None if profile.mem_gb is None else profile.mem_gb / profile.ranks_per_node
-    return replace(profile, nodes=1, tasks_per_node=1, gpus_per_node=min(1, profile.gpus_per_node), mem_gb=share)
+    def _order(self, config: RunConfig, profile: ClusterProfile, name: str) -> JobOrder:
+        order = plan_order(config, profile, self.profile_name, root=self.root)
+        return replace(order, stage=name, snapshot=self.snapshot, code_hash=self.code_hash)
 
 
 def submit_chain(chain: Chain, profile: ClusterProfile, profile_name: str) -> list[Submitted]:
@@ -83,32 +80,38 @@ def submit_chain(chain: Chain, profile: ClusterProfile, profile_name: str) -> li
     Raises ResumeError where a job of the chain lives, SchedulerError with SLURM's words.
     """
     submission = Submission.begin(chain.root, profile, profile_name)
-    chain.request.write(submission.root)
+    chain.begin()
     done: list[Submitted] = []
     try:
-        for stage in chain.request.stages:
-            if not chain.is_finished(stage):
-                done.append(_submit_stage(chain, stage, submission, done[-1].job if done else None))
+        for job in plan_jobs(chain, submission):
+            done.append(job.submit(done[-1].job if done else None))
     except scheduler.SchedulerError:
         scheduler.cancel([submitted.job for submitted in done])  # half a chain is none
         raise
     return done
 
 
-def _submit_stage(chain: Chain, stage: str, submission: Submission, after: str | None) -> Submitted:
+def dry_run(chain: Chain, profile: ClusterProfile, profile_name: str) -> int:
+    """Print every script that would be submitted, and what SLURM says to it; status 2 where one cannot start."""
+    return show(shown(plan_jobs(chain, Submission.plan(chain.root, profile, profile_name))))
+
+
+def plan_jobs(chain: Chain, submission: Submission) -> list[PlannedJob]:
+    """The jobs of the stages that are not finished, in their order."""
+    return [_plan_stage(chain, stage, submission) for stage in chain.request.stages if not chain.is_finished(stage)]
+
+
+def _plan_stage(chain: Chain, stage: str, submission: Submission) -> PlannedJob:
     if stage == EVALS:
-        last = list(chain.configs.values())[-1]
-        order = replace(submission.order(last, EVALS, is_command=True), run_dir=str(submission.root))
-        order.write()
-        jobs = str(processors(submission.profile))
-        task = CommandTask(order.file("json"), [[*chain.evaluation(), "--jobs", jobs]])
-        return submit_order(order, submission.shape(is_command=True), task, after=after)
+        last, share = list(chain.configs.values())[-1], submission.profile.evals
+        jobs = str(processors(submission.profile.of_one_process(share)))
+        job = submission.command(last, EVALS, share, [[*chain.evaluation(), "--jobs", jobs]])
+        return replace(job, order=replace(job.order, run_dir=str(submission.root)))
     config = chain.configs[stage]
-    order, task = submission.write_training(config)
-    profile = submission.profile
-    if chain.request.eval_every is not None and config.suites():
-        profile = _with_evaluations(submission, config, order, chain.request.eval_every)
-    return submit_order(order, profile, task, after=after)
+    training = submission.training(config)
+    if chain.request.eval_every is None or not config.suites():
+        return training
+    return _with_evaluations(submission, training, config, chain.request.eval_every)
 
 
 def processors(profile: ClusterProfile) -> int:
@@ -116,28 +119,20 @@ def processors(profile: ClusterProfile) -> int:
     return profile.cpus_per_task or 1
 
 
-def _with_evaluations(submission: Submission, config: RunConfig, order: JobOrder, every: int) -> ClusterProfile:
-    """Write the script that evaluates a checkpoint; the profile whose job has the process that submits it."""
+def _with_evaluations(submission: Submission, training: PlannedJob, config: RunConfig, every: int) -> PlannedJob:
+    """The training with the script that evaluates a checkpoint, and in its own a process that submits that."""
     name = f"{config.stage}-checkpoint"
-    evaluation = submission.order(config, name, is_command=True)
-    evaluation.write()
     command = [sys.executable, "-m", "launch.evaluate", config.run_dir, "--step", f"{{{STEP_VARIABLE}}}"]
-    write_script(evaluation, submission.shape(is_command=True), CommandTask(evaluation.file("json"), [command]))
-    python = submission.profile.python or shlex.quote(sys.executable)
+    evaluation = submission.command(config, name, submission.profile.evals, [command])
+    order, profile = training.order, training.profile
+    python = profile.python or shlex.quote(sys.executable)
     log = shlex.quote(str(order.folder / f"{name}s.log"))
     beside = (
         f"(exec env PYTHONPATH={shlex.quote(order.snapshot)} PYTHONSAFEPATH=1 {python} -m launch.checkpoint_evals "
-        f"{shlex.quote(str(evaluation.file('json')))} {every} >> {log} 2>&1) &"
+        f"{shlex.quote(str(evaluation.order.file('json')))} {every} >> {log} 2>&1) &"
     )
-    return replace(submission.profile, setup=[*submission.profile.setup, "# evaluations of checkpoints", beside])
-
-
-def write_script(order: JobOrder, profile: ClusterProfile, task: CommandTask | SlurmTask) -> None:
-    """What `submit_order` writes, without submitting it."""
-    pickled = DelayedSubmission(task)
-    pickled.set_timeout(profile.time_min, 0)
-    pickled.dump(order.file("pkl"))
-    write_whole(order.file("sbatch"), JobScript(order, profile).text())
+    setup = [*profile.setup, "# evaluations of checkpoints", beside]
+    return replace(training, profile=replace(profile, setup=setup), beside=evaluation)
 
 
 def describe_jobs(done: Sequence[Submitted]) -> list[str]:

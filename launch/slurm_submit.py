@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,6 +172,7 @@ def plan_order(config: RunConfig, profile: ClusterProfile, profile_name: str, *,
         max_crashes=profile.max_crashes,
         rendezvous_s=profile.rendezvous_s,
         signal_delay_s=profile.signal_delay_s,
+        cpus_per_task=profile.cpus_per_task or 1,
     )
 
 
@@ -233,27 +233,10 @@ def refuse_queued(root: Path | str, stage: str) -> None:
             )
 
 
-def dry_run(config: RunConfig, profile: ClusterProfile, profile_name: str) -> int:
-    """Print the script that would be submitted, and what SLURM says to it; status 2 where it cannot start."""
-    order = plan_order(config, profile, profile_name)
-    text = script_text(order, profile)
-    print(f"\njob script, {order.file('sbatch')}:\n\n{text}")
-    if not scheduler.is_there():
-        print("sbatch is not on PATH: whether the request can start was not asked")
-        return 0
-    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
-        file.write(text)
-        file.flush()
-        problem = ask_scheduler(file.name)
-    if problem:
-        print(f"error: {problem}", file=sys.stderr)
-    return 2 if problem else 0
-
-
-def ask_scheduler(script: Path | str) -> str:
+def ask_scheduler(script: Path | str, *options: str) -> str:
     """Print what SLURM says to a script's request; what is wrong with it, or nothing."""
     with clean_environment():
-        can_start, words = scheduler.test_only(script)
+        can_start, words = scheduler.test_only(script, *options)
     print(f"sbatch --test-only: {words}", flush=True)
     if can_start is None:
         print("no controller answered: whether the request can start is not known")

@@ -16,7 +16,9 @@ from typing import Any
 from launch import scheduler
 from launch.job_order import read_jobs
 from launch.job_words import duration, how_ended, why_pending
-from launch.run_progress import Progress, is_held, read_progress
+from launch.log_files import newest_log
+from launch.own_notes import accounts
+from launch.run_progress import Progress, checkpoints, is_held, read_progress
 
 GONE = "NODE_FAIL", "PREEMPTED"  # states that a job may come back from
 SHOWN_SEGMENTS = 3
@@ -63,21 +65,18 @@ def read_status(root: Path) -> RunStatus:
     if not rows:
         return _local(root)
     jobs = {row["stage"]: row for row in rows}  # the newest of each stage
-    numbers = [row["job"] for row in rows]
-    states = _by_job(scheduler.queue([row["job"] for row in jobs.values()]))
-    notes = []
-    try:
-        segments = _by_job(scheduler.accounting(numbers))
-    except scheduler.SchedulerError as error:  # a site without accounting
-        segments, notes = {}, [f"no GPU-hours and no jobs that squeue has forgotten: {error}"]
+    queued = scheduler.queue([row["job"] for row in jobs.values()])
+    states = _by_job(queued)
+    starts, said = accounts(root, rows, lambda: {state.job for state in queued if state.state == "RUNNING"})
+    segments = _by_job(starts)
     records = _records(root)
     stages: list[StageStatus] = []
     for row in jobs.values():
         earlier = [each["job"] for each in rows if each["stage"] == row["stage"]]
         of_stage = [segment for job in earlier for segment in segments.get(job, [])]
-        found = _Job(row, states.get(row["job"], []), segments.get(row["job"], []), of_stage, records)
+        found = _Job(root, row, states.get(row["job"], []), segments.get(row["job"], []), of_stage, records)
         stages.append(found.status(stages))
-    return RunStatus(root, stages, notes)
+    return RunStatus(root, stages, [said] if said else [])
 
 
 def live_jobs(root: Path) -> list[scheduler.JobState]:
@@ -108,6 +107,7 @@ def _records(root: Path) -> list[dict[str, Any]]:
 class _Job:
     """A stage's newest job and what is known of it."""
 
+    root: Path
     row: Mapping[str, Any]
     states: list[scheduler.JobState]
     segments: list[scheduler.Segment]
@@ -141,19 +141,21 @@ class _Job:
 
     def _progress(self) -> Progress:
         config = Path(self.row["script"]).with_suffix(".yaml")  # jobs that train nothing have none
-        return read_progress(Path(self.row["run_dir"]), config) if config.is_file() else Progress()
+        if not config.is_file():
+            return Progress()
+        return read_progress(Path(self.row["run_dir"]), config, newest_log(self.root, 0, self.row["stage"]))
 
     def _notes(self, names: Sequence[str], before: Sequence[StageStatus]) -> list[str]:
         if names == ["UNKNOWN"]:
             return ["SLURM knows nothing of this job (any more)"]
         if len(self.states) == 1:
-            return _of_state(self.states[0], self.row, before, [*self.segments])
+            return _of_state(self.states[0], self.row, before, self.segments)
         pending = {state.reason for state in self.states if state.state == "PENDING"}
         if self.states:
             return [note for reason in sorted(pending) for note in _waiting(reason, self.row, before)]
         if any(not segment.elapsed_s and segment.state.startswith("CANCELLED") for segment in self.segments):
             return _never_started(self.row, before, self.segments[-1].state)
-        return [how_ended(state) for state in dict.fromkeys(names)]
+        return [_timed_out(self.row) if name == "TIMEOUT" else how_ended(name) for name in dict.fromkeys(names)]
 
     def _ends(self) -> list[str]:
         """How the last segments ended, as the supervisor has written it."""
@@ -179,10 +181,28 @@ def _of_state(
         return _never_started(row, before, by, reason=state.reason)
     if state.state in GONE:
         return [f"{how_ended(state.state)}; SLURM puts it back into the queue"]
+    accounted = segments[-1] if segments and segments[-1].state.startswith(state.state) else None  # it may be late
     if state.state == "FAILED":
-        exit_code = f", status {segments[-1].exit_code.partition(':')[0]}" if segments else ""
+        exit_code = f", status {accounted.exit_code.partition(':')[0]}" if accounted is not None else ""
         return [f"failed{exit_code}; its words: `logs RUN --stage {row['stage']}`"]
-    return [] if state.state == "COMPLETED" else [how_ended(segments[-1].state if segments else state.state)]
+    if state.state == "TIMEOUT":
+        return [_timed_out(row)]
+    return [] if state.state == "COMPLETED" else [how_ended(accounted.state if accounted is not None else state.state)]
+
+
+def _timed_out(row: Mapping[str, Any]) -> str:
+    """The limit itself came before the ranks had saved and the supervisor had requeued the job."""
+    killed = "killed by its time limit before it could go back into the queue"
+    if not Path(row["script"]).with_suffix(".yaml").is_file():  # it trains nothing
+        return f"{killed}. What to do: `resume RUN` begins it again; a longer time_min in profile {row.get('profile')}"
+    saved = max(checkpoints(Path(row["run_dir"]) / "checkpoints"), default=0)
+    delay = row.get("signal_delay_s")
+    given = "" if delay is None else f" (now {delay})"
+    return (
+        f"{killed}; saved at step {saved}. What to do: `resume RUN` goes on from there; so that it does not happen "
+        f"again, raise signal_delay_s{given} of profile {row.get('profile')} above 60 s, the slowest step and a save "
+        "together, or lower the interval of checkpoints (train.checkpoint.every), and submit with `--resume`"
+    )
 
 
 def _waiting(reason: str, row: Mapping[str, Any], before: Sequence[StageStatus], start: str = "N/A") -> list[str]:
@@ -205,7 +225,9 @@ def _never_started(row: Mapping[str, Any], before: Sequence[StageStatus], state:
 
 
 def _ended_state(stage: StageStatus) -> str:
-    return "never started either" if any(n.startswith("never started") for n in stage.notes) else how_ended(stage.state)
+    if any(note.startswith("never started") for note in stage.notes):
+        return "never started either"
+    return f"ended with {stage.state}" if "," in stage.state else how_ended(stage.state)  # of an array
 
 
 def _named(job: str | None, before: Sequence[StageStatus]) -> str:
@@ -250,7 +272,8 @@ def _local(root: Path) -> RunStatus:
     folders = {stage: root / stage if len(trainings) > 1 else root for stage in trainings}
     found = [_local_stage(stage, folder) for stage, folder in folders.items()]
     if "evals" in stages:
-        is_done = bool(_summary(root).get("evals"))
+        rows = _summary(root).get("evals", [])
+        is_done = set(trainings) <= {row["stage"] for row in rows if row["model"] == "trained"}
         found.append(StageStatus("evals", None, "finished" if is_done else "not started"))
     return RunStatus(root, found)
 
@@ -267,7 +290,7 @@ def _summary(root: Path) -> dict[str, Any]:
 
 
 def _local_stage(stage: str, folder: Path) -> StageStatus:
-    progress = read_progress(folder)
+    progress = read_progress(folder, log=newest_log(folder, 0))
     holder = is_held(folder)
     state = "finished" if progress.is_finished else "stopped" if (folder / "config.yaml").is_file() else "not started"
     notes = []

@@ -18,7 +18,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 # Run by path, Python puts launch/ first on sys.path: put the checkout there instead.
@@ -32,100 +31,27 @@ if __name__ == "__main__" and sys.argv[1:2] and sys.argv[1] in LOOKING:  # befor
 
     raise SystemExit(watch(sys.argv[1:]))
 
-from launch import scheduler
+from launch import slurm_chain
 from launch.chain import ChainRequest, is_chain, plan_chain, read_stages, run_chain_locally
 from launch.cluster import die_with, run_locally
-from launch.cluster_profile import (
-    DEFAULT_PROFILE,
-    VARIABLE,
-    ClusterProfile,
-    add_profile_arguments,
-    data_overrides,
-    describe_profile,
-    load_profile,
-    named_profile,
-    profile_overrides,
-)
+from launch.cluster_profile import add_profile_arguments, data_overrides, describe_profile
 from launch.config import RunConfig
-from launch.job_array import TOOLS, check_tool, submit_slices, submit_sweep
+from launch.destination import Site, choose_recipe, choose_site
+from launch.job_array import dry_run_sweep, submit_sweep
 from launch.plan import plan
+from launch.planned_job import dry_run as dry_run_slurm
 from launch.planner import DEFAULT_CARD, DEFAULT_MFU, MEMORY_GB
+from launch.prepare_slices import prepare
 from launch.report_single import build_report
 from launch.scheduler import SchedulerError
-from launch.slurm_chain import describe_jobs, submit_chain
 from launch.slurm_submit import ask_scheduler, refuse_queued, submit_stage
-from launch.slurm_submit import dry_run as dry_run_slurm
 from launch.sweep import add_sweep_arguments, read_sweep, refuse_without_sweep
-from launch.sweep_runs import dry_run as dry_run_sweep
+from launch.sweep_runs import dry_run as describe_sweep
 from launch.sweep_runs import run_sweep
 from launch.train import add_run_arguments, load
 from vjepa.config import ConfigError, config_hash, to_yaml
 from vjepa.objectives import build_objective
 from vjepa.train.run_dir import RunDir, write_text
-
-DEFAULT_RECIPE = "demo"
-CLUSTER_RECIPE = "vit_gigantic"
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a run is to go, and why there."""
-
-    cluster: str  # local, slurm
-    why: str
-    profile_name: str = ""
-    profile: ClusterProfile = field(default_factory=ClusterProfile)
-
-    @property
-    def is_slurm(self) -> bool:
-        return self.cluster == "slurm"
-
-    @property
-    def world(self) -> int:
-        """Ranks that batches are checked for; a local run is checked again by its processes."""
-        return self.profile.world if self.is_slurm else 1
-
-
-def choose_site(arguments: argparse.Namespace) -> Site:
-    """This machine, or a cluster and what its profile and the flags say of it."""
-    name, named_by = named_profile(arguments.profile)
-    overrides = profile_overrides(arguments)
-    if arguments.cluster == "slurm":
-        why = "asked for; on this machine: --cluster local"
-    elif arguments.cluster == "auto" and name is not None and scheduler.is_there():
-        why = f"sbatch is on PATH and {named_by} names a cluster; on this machine: --cluster local"
-    else:
-        return Site("local", _why_local(arguments.cluster, name, overrides))
-    if name is None:
-        why += f"; no profile is named (--profile or ${VARIABLE})"
-    name = name or DEFAULT_PROFILE
-    return Site("slurm", why, Path(name).stem, load_profile(name, overrides))
-
-
-def _why_local(asked: str, profile: str | None, overrides: Sequence[str]) -> str:
-    """Why here; what only a cluster understands is refused."""
-    if asked == "local":
-        why = "asked for"
-    elif not scheduler.is_there():
-        why = "there is no sbatch on PATH"
-    else:
-        why = f"neither --profile nor ${VARIABLE} is set"
-    if overrides:
-        raise ConfigError(
-            f"the run is for this machine ({why}), and {', '.join(overrides)} is for a cluster: leave it out, or say "
-            "--cluster slurm"
-        )
-    ignored = f"; profile {profile} is not used" if profile is not None else ""
-    return f"{why}{ignored}; on a cluster: --cluster slurm --profile NAME"
-
-
-def choose_recipe(asked: str | None, site: Site) -> tuple[str, str]:
-    """The recipe, and why it."""
-    if asked is not None:
-        return asked, "asked for"
-    if site.profile.data:
-        return CLUSTER_RECIPE, "the default where a cluster profile names data; another: --recipe demo"
-    return DEFAULT_RECIPE, "the default where no cluster profile names data; another: --recipe vit_gigantic"
 
 
 def describe(config: RunConfig) -> str:
@@ -189,36 +115,14 @@ def parser() -> argparse.ArgumentParser:
 def sweep(arguments: argparse.Namespace, site: Site) -> int:
     """Several short runs in place of one."""
     asked = read_sweep(arguments)
+    how = {"jobs": arguments.jobs or 1, "resume": arguments.resume}
     if arguments.dry_run:
-        return dry_run_sweep(asked)
+        describe_sweep(asked)
+        return dry_run_sweep(asked, site.profile, site.profile_name, **how) if site.is_slurm else 0
     if site.is_slurm:
-        jobs = arguments.jobs or 1
-        print("\n".join(submit_sweep(asked, site.profile, site.profile_name, jobs=jobs, resume=arguments.resume)))
+        print("\n".join(submit_sweep(asked, site.profile, site.profile_name, **how)))
         return 0
-    return run_sweep(asked, jobs=arguments.jobs or 1, resume=arguments.resume)
-
-
-def prepare(words: Sequence[str]) -> int:
-    """A data preparation tool over its slices, as an array."""
-    found = argparse.ArgumentParser(prog="python launch/submit.py prepare", description=prepare.__doc__)
-    found.add_argument("tool", metavar="TOOL", help="; ".join(f"{name}: {text}" for name, text in TOOLS.items()))
-    found.add_argument("--slices", type=int, required=True, metavar="N", help="parts, each an element of the array")
-    found.add_argument("--jobs", type=int, metavar="N", help="elements at a time (default: all)")
-    found.add_argument("--cluster", choices=("slurm",), default="slurm", help="where to run")
-    add_profile_arguments(found)
-    cut = list(words).index("--") if "--" in words else len(words)
-    arguments, rest = found.parse_args(words[:cut]), words[cut + 1 :]
-    try:
-        out = check_tool(arguments.tool, rest, arguments.slices)
-        site = choose_site(arguments)
-        jobs = arguments.jobs or arguments.slices
-        named = (site.profile, site.profile_name)
-        lines = submit_slices(arguments.tool, rest, arguments.slices, *named, out=out, jobs=jobs)
-    except (ValueError, OSError, SchedulerError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+    return run_sweep(asked, **how)
 
 
 def load_for(site: Site, arguments: argparse.Namespace, *, is_recipe_asked: bool) -> RunConfig:
@@ -245,6 +149,8 @@ def chain(arguments: argparse.Namespace, site: Site) -> int:
     """Several stages: here one after another, on SLURM as dependent jobs."""
     if arguments.eval_every is not None and not site.is_slurm:
         raise ConfigError("--eval-every is for --cluster slurm; here `evals` evaluates the checkpoints that were kept")
+    if arguments.gpus or arguments.card or arguments.gpu_memory:
+        raise ConfigError("--gpus, --card and --gpu-memory plan one training: give --stage one stage")
     request = ChainRequest(
         recipe=arguments.recipe,
         stages=read_stages(arguments.stage),
@@ -261,13 +167,15 @@ def chain(arguments: argparse.Namespace, site: Site) -> int:
         is_absolute=site.is_slurm,
     )
     place = f"on SLURM, profile {site.profile_name}" if site.is_slurm else "on this machine"
-    print(f"recipe {arguments.recipe}, stages {arguments.stage} in {planned.root}, {place} ({site.why})", flush=True)
+    print(
+        f"recipe {planned.request.recipe}, stages {arguments.stage} in {planned.root}, {place} ({site.why})", flush=True
+    )
     print("\n".join(planned.describe()), flush=True)
     if arguments.dry_run:
-        return 0
+        return slurm_chain.dry_run(planned, site.profile, site.profile_name) if site.is_slurm else 0
     if not site.is_slurm:
         return run_chain_locally(planned)
-    print("\n".join(describe_jobs(submit_chain(planned, site.profile, site.profile_name))))
+    print("\n".join(slurm_chain.describe_jobs(slurm_chain.submit_chain(planned, site.profile, site.profile_name))))
     print(f"what is going on: python launch/submit.py status {planned.root}")
     return 0
 
@@ -304,13 +212,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["prepare"]:
         return prepare(words[1:])
     arguments = parser().parse_intermixed_args(argv)
+    if arguments.owner is not None:
+        die_with(arguments.owner)
     try:
         site = choose_site(arguments)
         asked = arguments.recipe
         arguments.recipe, why = choose_recipe(asked, site)
         if arguments.sweep:
-            if arguments.owner is not None:
-                die_with(arguments.owner)
             return sweep(arguments, site)
         refuse_without_sweep(arguments)
         if is_chain(arguments.stage) or arguments.eval_every is not None:
@@ -323,8 +231,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, SchedulerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.owner is not None:
-        die_with(arguments.owner)
     place = f"on SLURM, profile {site.profile_name}" if site.is_slurm else "on this machine"
     print(f"recipe {config.recipe} ({why}), stage {config.stage}, {place} ({site.why})", flush=True)
     if arguments.dry_run:

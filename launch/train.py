@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import ClipDataset
 from data_pipeline.figures import DataFigures
 from data_pipeline.loader import build_loader
 from evals.results import update_summary
@@ -86,6 +88,8 @@ def train(config: RunConfig, *, resume: bool, stop: StopFlag, store: Store | Non
             say(world, f"resumed from step {step}" + ("" if step else f": {run.path} holds no complete checkpoint"))
         say(world, _summary_line(config, world, objective, num_micro_batches, frozen))
         trainer.fit(stop)
+        if objective.cache is not None:
+            say(world, objective.cache.summary())
         weights, predictor = trainer.export_state(), trainer.export_predictor()  # of shards: all ranks take part
         world.on_main(lambda: _finish(config, run, trainer, weights, predictor))
 
@@ -100,7 +104,7 @@ def check_memory(config: RunConfig, world: World) -> None:
 def _fill(config: RunConfig, objective: JEPA, world: World, *, is_new: bool) -> None:
     """The values a run starts from: drawn from its seed, or those of `init_from`."""
     objective.initialise(seed=config.train.seed, weight_std=config.model.init_std)
-    load_teacher(objective)
+    load_teacher(objective, clips=None if config.objective.teacher.cache is None else _clips(config))
     if config.init_from is not None and is_new:
         taken = load_initial_weights(objective, config.init_from, world, predictor=config.init_predictor)
         say(world, f"starting from {taken}")
@@ -129,14 +133,7 @@ def _batches(
         tubelet_size=config.model.tubelet_size,
     )
 
-    data = replace(
-        config.data,
-        **{
-            modality: replace(part, sources={})
-            for modality, part in config.data.modalities().items()
-            if modality not in batch
-        },
-    )
+    data = _trained_data(config)
 
     def stream(first: int, end: int) -> Generator[MicroBatch]:
         loader = build_loader(
@@ -154,6 +151,25 @@ def _batches(
         yield from cast(Iterable[MicroBatch], loader)
 
     return stream
+
+
+def _trained_data(config: RunConfig) -> DataConfig:
+    """The data of the modalities that are trained on."""
+    left_out = [name for name in config.data.modalities() if name not in config.train.batch.as_dict()]
+    return replace(config.data, **{name: replace(getattr(config.data, name), sources={}) for name in left_out})
+
+
+def _clips(config: RunConfig) -> dict[str, dict[str, str]]:
+    """What decides the pixels of every ordinal, by modality; of a webdataset stream nothing does, and it is refused."""
+    dataset = ClipDataset(_trained_data(config), seed=config.train.seed)
+    for modality, sources in dataset.info().items():
+        for name, source in sources.items():
+            if not source["exact"]:
+                raise ValueError(
+                    f"objective.teacher.cache={config.objective.teacher.cache}: data.{modality}.sources.{name} is a "
+                    "webdataset stream, in which a clip's place names no clip: ingest it, or leave the cache out"
+                )
+    return dataset.identity()
 
 
 def _finish(

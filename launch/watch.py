@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -28,7 +28,7 @@ from launch.job_words import duration
 from launch.log_files import follow, newest_log, print_log
 from launch.resubmit import resume
 from launch.run_progress import is_held
-from launch.scheduler import SchedulerError
+from launch.scheduler import NoAnswerError, SchedulerError
 from launch.status import RunStatus, StageStatus, live_jobs, read_status
 
 LOOK_EVERY_S = 5.0
@@ -55,9 +55,10 @@ def status(options: argparse.Namespace) -> int:
 
 
 def _live(root: Path, console: Console) -> None:
+    found = None
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            found = read_status(root)
+            found = _look(root, found)
             live.update(Group(table(found), *(Text(line) for line in remarks(found))), refresh=True)
             if not found.is_live:
                 return
@@ -66,16 +67,27 @@ def _live(root: Path, console: Console) -> None:
 
 def _plain(root: Path, console: Console) -> None:
     """A block whenever anything but the time to go has changed."""
-    before = None
+    found = before = None
     while True:
-        found = read_status(root)
-        now = [(stage.state, stage.progress.step, stage.restarts, stage.notes) for stage in found.stages]
+        found = _look(root, found)
+        stages = [(stage.state, stage.progress.step, stage.restarts, stage.notes) for stage in found.stages]
+        now = (stages, found.notes)
         if now != before:
             show(found, console)
         if not found.is_live:
             return
         before = now
         time.sleep(LOOK_EVERY_S)
+
+
+def _look(root: Path, before: RunStatus | None) -> RunStatus:
+    """What is going on now, or was at the last look where SLURM does not answer; at the first that is an error."""
+    try:
+        return read_status(root)
+    except NoAnswerError as error:
+        if before is None:
+            raise
+        return replace(before, notes=[f"as it was a moment ago: {error}"])
 
 
 def show(found: RunStatus, console: Console) -> None:
@@ -143,7 +155,10 @@ def logs(options: argparse.Namespace) -> int:
 
 def _is_live(root: Path) -> bool:
     if read_jobs(root):
-        return bool(live_jobs(root))
+        try:
+            return bool(live_jobs(root))
+        except NoAnswerError:  # the log goes on without the controller
+            return True
     return any(is_held(path.parent) is not None for path in (root / ".lock", *root.glob("*/.lock")))
 
 

@@ -210,7 +210,7 @@ def measure(comparison: Comparison, part: Training, runs: Sequence[Path], seed: 
     return {
         "health": "not judged" if alarms is None else f"{len(alarms)} alarms" if alarms else "healthy",
         "alarms": alarms,
-        "copies": 1 + (objective.target_encoder is not None),
+        "copies": 1 + (objective.target_encoder is not None) + (objective.average is not None),
         "parameters": sum(parameter.numel() for parameter in objective.parameters()),
         "terms": list(objective.terms),
         "steps": " + ".join(map(str, steps)),

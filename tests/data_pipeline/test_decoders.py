@@ -107,6 +107,18 @@ def test_a_title_that_is_no_text_does_not_make_a_video_unreadable(tmp_path: Path
     assert which(frames_at(decoder, np.array([0.35])).numpy()) == [3]
 
 
+@pytest.mark.parametrize("backend", ["auto", "pyav"])
+def test_a_path_is_read_as_its_bytes_are(tmp_path: Path, backend: Backend):
+    path = write_video(tmp_path / "%03d.mp4", ramp(12))
+    times = np.array([0.0, 0.5, 0.9])
+    by_path, by_bytes = (open_decoder(data, "video", backend=backend) for data in (path, path.read_bytes()))
+    assert by_path.info == by_bytes.info
+    assert torch.equal(frames_at(by_path, times), frames_at(by_bytes, times))
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(DecodeError):
+        open_decoder(tmp_path / "empty.mp4", "video", backend=backend)
+
+
 def test_a_reason_is_one_line_without_the_library_s_source_lines():
     with pytest.raises(DecodeError) as caught:
         open_decoder(bytes(range(256)) * 100, "video")

@@ -170,7 +170,7 @@ MAKERS: Mapping[str, Maker] = {
     **dict.fromkeys(("ssv2", "ssv2_384", "k400", "diving48", "coin", "jester"), videos),
     "in1k": images,
     "ek100": epic,
-    "motion": digits,
+    **dict.fromkeys(("motion", "fine_motion"), digits),
     **dict.fromkeys(("knn", "retrieval", "pca"), labelled_videos),
     **dict.fromkeys(("linear", "motion_only", "arrow_of_time"), fitted_videos),
     "statistics": unlabelled_videos,
@@ -183,7 +183,7 @@ def model_for(name: str) -> EncoderModel:
     if name == "ek100":
         source = features(fps=4.0)
         return EncoderModel("tiny", source.encoder, source.predictor)
-    return EncoderModel("tiny", vjepa.create_model("vit_debug", patch_size=8 if name == "motion" else 16, seed=0))
+    return EncoderModel("tiny", vjepa.create_model("vit_debug", patch_size=8 if MAKERS[name] is digits else 16, seed=0))
 
 
 def run(name: str, root: Path, out: Path, overrides: list[str]) -> None:

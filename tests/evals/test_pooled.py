@@ -19,6 +19,7 @@ from torch import Tensor
 import vjepa
 from evals.clip_protocol import ClipReader
 from evals.features import EncoderFeatures, FeatureSource, PixelFeatures
+from evals.pca import whitened_pca
 from evals.pooled import evaluate
 from evals.pooled_config import PooledConfig, list_pooled, load_pooled
 from evals.pooled_features import AS_IT_IS, BACKWARD, STILL, pool, pooled_table, shuffled
@@ -27,7 +28,6 @@ from evals.protocol import Row
 from evals.registry import GROUPS, find
 from evals.run import main
 from evals.tasks import pooled_motion
-from evals.visualize import whitened_pca
 from tests.evals.rendered import MOTIONS, moving_square, write_video
 from tests.train.ranks import on_ranks
 from vjepa import hub

@@ -13,9 +13,12 @@ from evals.results import (
     ResultsError,
     ahead_of,
     append_results,
+    beside_each_other,
+    columns,
     curve,
     format_cell,
     merge_summary,
+    not_ahead,
     num_trainings,
     print_curve,
     print_table,
@@ -146,6 +149,37 @@ def test_whoever_is_as_good_as_the_trained_encoder_is_named() -> None:
         replace(ROW, task="depth", higher_is_better=False, value=0.6, model="rgb"),
     ]
     assert ahead_of(rows) == {"rgb": ["motion"], "untrained": ["depth"]}
+
+
+STAGES = [
+    ROW,
+    replace(ROW, model="untrained", value=0.2),
+    replace(ROW, model="rgb", value=0.72),
+    replace(ROW, step=5),
+    replace(ROW, stage="cooldown", value=0.7),
+    replace(ROW, stage="distill", value=0.71),
+    replace(ROW, stage="distill", model="untrained", value=0.8),
+]
+
+
+def test_stages_of_a_chain_stand_beside_each_other() -> None:
+    table = beside_each_other(STAGES)
+    assert columns(table) == ["primary", "cooldown", "distill", "untrained distill", "untrained", "rgb"]
+    assert [row.value for row in table if row.model == "primary"] == [ROW.value], "without its checkpoints"
+    text = io.StringIO()
+    print_table(STAGES, console=Console(file=text, width=200))
+    assert "primary is as good as cooldown" in text.getvalue()
+
+
+def test_a_stage_is_compared_with_the_one_before_and_its_own_references() -> None:
+    """ROW is the primary stage's 0.75."""
+    pairs = {tuple(line.split(" or better")[0].split(" is as good as ")) for line in not_ahead(STAGES)}
+    assert pairs == {
+        ("primary", "cooldown"),
+        ("rgb", "cooldown"),
+        ("rgb", "distill"),
+        ("untrained distill", "distill"),
+    }
 
 
 def test_the_table_shows_every_task_and_model_in_full_on_a_narrow_terminal() -> None:

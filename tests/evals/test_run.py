@@ -197,7 +197,7 @@ def test_a_model_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]
 
 
 def test_groups_hold_every_recipe_once_and_published_figures_are_of_their_tasks() -> None:
-    assert set(GROUPS["all"]) == set(LOADERS) - {"motion", "ssv2_384", *GROUPS["pooled"]}
+    assert set(GROUPS["all"]) == set(LOADERS) - {"motion", "fine_motion", "ssv2_384", *GROUPS["pooled"]}
     assert names_of("dense,camvid,global") == [*DENSE, *GLOBAL]
     tasks = {f"{kind}_{name}" for name in LOADERS for kind in ("linear_segmentation", "linear_depth", "tracking")}
     assert {each.task for each in PUBLISHED} <= tasks | {f"attentive_{name}" for name in LOADERS}

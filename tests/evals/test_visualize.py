@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vjepa
 from evals.features import FeatureSet
+from evals.pca import pca_images
 from evals.protocol import IGNORE, EvalConfig, FitConfig, Task
 from evals.tasks import segmentation
 from evals.visualize import (
@@ -23,7 +24,6 @@ from evals.visualize import (
     masks_figure,
     patch_features,
     pca_grid,
-    pca_images,
     trained_geometry,
 )
 
@@ -216,3 +216,11 @@ def test_predicted_classes_are_those_that_the_evaluation_scores() -> None:
         assert float(sum(ious)) / 3 == pytest.approx(value)
         assert 0.5 < value < 1
     assert scores[0] != scores[5], "each seed is another probe"
+
+
+def test_the_command_says_what_is_wrong_in_a_line(model: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    command = ["--model", model, "--clip", str(tmp_path / "broken.mp4"), "--out"]
+    for out in ("picture.png", "film.mp4"):
+        with pytest.raises(SystemExit, match=r"^error: "):
+            main([*command, str(tmp_path / out)])

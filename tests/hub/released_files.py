@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PREFIX = "module.backbone."
 DIM, DEPTH, HEADS = 48, 4, 3  # those of vit_debug: head counts of known sizes are known
@@ -113,3 +113,22 @@ def hugging_face_names(encoder: dict[str, Tensor], predictor: dict[str, Tensor])
             state[f"predictor.{there[name.split('.')[0].removeprefix('predictor_')]}.{kind}"] = value
     tokens = [predictor[f"mask_tokens.{i}"] for i in range(MASK_TOKENS)]
     return state | {"predictor.embeddings.mask_tokens": torch.stack(tokens)}
+
+
+def transformers_model(encoder: dict[str, Tensor], predictor: dict[str, Tensor]) -> nn.Module:
+    """transformers' VJEPA2Model of the made files' size, with these weights (named as in V-JEPA 2's files)."""
+    from transformers import VJEPA2Config, VJEPA2Model
+
+    config = VJEPA2Config(
+        crop_size=CROP,
+        frames_per_clip=FRAMES,
+        hidden_size=DIM,
+        num_attention_heads=HEADS,
+        num_hidden_layers=DEPTH,
+        pred_hidden_size=WIDTH,
+        pred_num_attention_heads=PREDICTOR_HEADS,
+        pred_num_hidden_layers=PREDICTOR_DEPTH,
+    )
+    model = VJEPA2Model(config).eval()
+    model.load_state_dict(hugging_face_names(encoder, predictor))
+    return model

@@ -13,16 +13,12 @@ from torch import Tensor, nn
 import vjepa
 from tests.hub.released_files import (
     CROP,
-    DEPTH,
     DIM,
     FRAMES,
-    HEADS,
     PATCH,
-    PREDICTOR_DEPTH,
-    PREDICTOR_HEADS,
     PREFIX,
     WIDTH,
-    hugging_face_names,
+    transformers_model,
     version_2,
     version_2_encoder,
     version_2_predictor,
@@ -51,23 +47,9 @@ def ours(path: Path) -> tuple[Encoder, Predictor]:
 @pytest.fixture(scope="module")
 def theirs() -> nn.Module:
     """VJEPA2Model with the target encoder's weights; its default mask token, 1, has token 0's values."""
-    from transformers import VJEPA2Config, VJEPA2Model
-
-    config = VJEPA2Config(
-        crop_size=CROP,
-        frames_per_clip=FRAMES,
-        hidden_size=DIM,
-        num_attention_heads=HEADS,
-        num_hidden_layers=DEPTH,
-        pred_hidden_size=WIDTH,
-        pred_num_attention_heads=PREDICTOR_HEADS,
-        pred_num_hidden_layers=PREDICTOR_DEPTH,
-    )
-    model = VJEPA2Model(config).eval()
     predictor = version_2_predictor(3)
     predictor["mask_tokens.1"] = predictor["mask_tokens.0"]
-    model.load_state_dict(hugging_face_names(version_2_encoder(2), predictor))
-    return model
+    return transformers_model(version_2_encoder(2), predictor)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from evals.protocol import Row
+from evals.results import merge_summary
+from evals.suites import SUITES
 from launch.chain import ChainRequest, plan_chain, read_stages
 from launch.config import RECIPES
 from launch.job_words import duration, how_ended, why_pending
 from launch.status import StatusError, read_status
+from launch.submit import main as submit
+from vjepa import create_model
 from vjepa.config import ConfigError
+from vjepa.hub import save_pretrained
 from vjepa.train.run_dir import RunDirError
 
 STAGES = ("primary", "cooldown")
@@ -76,6 +82,52 @@ def test_a_broken_later_stage_is_refused_and_nothing_is_written(
     with pytest.raises(ConfigError, match=message):
         plan_chain(request(tmp_path / "run", *overrides), resume=False, world=lambda config: 4)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_there_already_are_checked_before_the_first_stage(tmp_path: Path) -> None:
+    other = save_pretrained(create_model("vit_debug", levels=(1, 3)), tmp_path / "other")
+    alike = save_pretrained(create_model("vit_debug"), tmp_path / "alike")
+    cases = {
+        f"cooldown.init_from={other}": ["cooldown.objective.target=ema"],
+        f"cooldown.init_from={alike}": ["cooldown.init_optimizer=carry"],
+        "cooldown.predictor.depth=1": ["cooldown.objective.target=ema"],
+    }
+    for text, more in cases.items():
+        with pytest.raises(ConfigError, match="stage cooldown: "):
+            plan_chain(request(tmp_path / "run", text, *more), resume=False)
+    assert plan_chain(request(tmp_path / "run", f"cooldown.init_from={alike}"), resume=False)
+
+
+def test_a_predictor_without_a_head_for_visible_tokens_is_known_beforehand(tmp_path: Path) -> None:
+    without = "primary.objective.terms.context_prediction=null"
+    with pytest.raises(ConfigError, match="has no head for visible tokens"):
+        plan_chain(request(tmp_path, without, "cooldown.init_predictor=true"), resume=False)
+
+
+def test_a_stage_that_a_resume_begins_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    plan_chain(request(tmp_path, "cooldown.train.steps=7"), resume=False).begin()
+    assert plan_chain(request(tmp_path), resume=True).configs["cooldown"].train.steps == 7
+    again = plan_chain(request(tmp_path, "cooldown.train.steps=8"), resume=True)
+    assert again.configs["cooldown"].train.steps == 8, "the command is on top"
+
+
+def test_a_plan_for_a_card_is_of_one_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--stage", "primary,cooldown", "--recipe", "debug", "--dry-run", f"run_dir={tmp_path}", "--gpus"]
+    assert submit([*command, "8"]) == 2
+    assert "plan one training: give --stage one stage" in capsys.readouterr().err
+    assert submit(command[:-1]) == 0
+    assert "cooldown: 10 steps" in capsys.readouterr().out
+
+
+def test_evaluations_are_over_when_every_suite_has_been_asked(tmp_path: Path) -> None:
+    suites = "evals={motion: {data: D}, fine_motion: {data: D}}".replace("D", str(tmp_path))
+    chain = plan_chain(request(tmp_path / "run", suites, stages=("primary", "evals")), resume=False)
+    for suite in ("motion", "fine_motion"):
+        assert not chain.is_finished("evals")
+        tasks = [task.name for task in SUITES[suite].tasks]
+        rows = [Row("primary", task, "linear", "accuracy", True, "trained", 0, 0.5) for task in tasks]
+        merge_summary(tmp_path / "run", rows)
+    assert chain.is_finished("evals")
 
 
 def test_stages_that_do_not_exist_are_refused_by_name(tmp_path: Path) -> None:

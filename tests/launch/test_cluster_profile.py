@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.cluster_profile import CLUSTERS, ClusterProfile, load_profile, minutes
-from launch.submit import choose_recipe, choose_site, load_for, parser
+from launch.destination import choose_recipe, choose_site
+from launch.submit import load_for, parser
 from launch.submit import main as submit
 from vjepa.config import ConfigError, read_recipe
 

@@ -20,8 +20,8 @@ SOURCES = ["data.video.sources.mine.path=/shards/video", "data.image.sources.min
     ("arguments", "told"),
     [
         (["--recipe", "debgu"], ["there is no recipe 'debgu'", "Did you mean 'debug'?", "vit_gigantic"]),
-        (["--recipe", "debug", "--stage", "primry"], ["no stage 'primry'", "Stages: cooldown, primary"]),
-        (["--recipe", "debug", "--stage", "destil"], ["no stage 'destil'", "Stages: cooldown"]),
+        (["--recipe", "debug", "--stage", "primry"], ["no stage 'primry'", "Stages: cooldown, distill"]),
+        (["--recipe", "debug", "--stage", "destil"], ["no stage 'destil'", "Stages: cooldown, distill"]),
         (["--recipe", "debug", "--option", "paper"], ["no option 'paper'", "paper_batch"]),
         (["--recipe", "debug", "train.stpes=3"], ["stpes", "steps"]),
         (["--recipe", "debug", "trian.steps=3"], ["trian", "train"]),

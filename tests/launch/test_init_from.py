@@ -13,7 +13,10 @@ from launch.init_from import load_initial_weights
 from launch.train import train
 from vjepa.config import ConfigError, build_models
 from vjepa.hub import WeightsError
+from vjepa.nn.encoder import Encoder
+from vjepa.objectives import build_objective
 from vjepa.objectives.jepa import JEPA
+from vjepa.train import checkpoint
 from vjepa.train.checkpoint import CheckpointError
 from vjepa.train.signals import StopFlag
 
@@ -59,6 +62,89 @@ def test_exported_weights_fill_encoder_and_target_and_leave_the_predictor(source
     assert filled.predictor is not None
     before = fresh.predictor.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in filled.predictor.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vjepa.hub.save_pretrained(vjepa.create_model("vit_debug", seed=9), tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def taught(source: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two steps: with the encoder's average as target, and by a frozen teacher with and without an average."""
+    runs = {"ema": source}
+    for name, average in (("none", "null"), ("average", "0.9")):
+        runs[name] = tmp_path_factory.mktemp(name) / "run"
+        asked = [f"run_dir={runs[name]}", *SHORT, *frozen(teacher), f"objective.average={average}"]
+        train(load_config("debug", "primary", asked), resume=False, stop=StopFlag())
+    return runs
+
+
+def frozen(teacher: Path) -> tuple[str, ...]:
+    return ("objective.target=frozen", f"objective.teacher.path={teacher}")
+
+
+def student(*overrides: str) -> JEPA:
+    config = load_config("debug", "primary", ["run_dir=unused", *overrides])
+    return build_objective(config.objective, config.model, config.predictor, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("start", "wanted", "said"),
+    [
+        ("average", "average", "encoder, predictor and average of "),
+        ("ema", "average", "encoder, predictor and target (as average) of "),
+        ("average", "ema", "encoder, predictor and average (as target) of "),
+        ("none", "average", "encoder and predictor of "),
+        ("none", "ema", "encoder and predictor of "),
+        ("average", "none", "encoder and predictor of "),
+    ],
+)
+def test_what_follows_the_encoder_goes_on_from_what_followed_it_or_begins_as_it(
+    start: str, wanted: str, said: str, taught: dict[str, Path], source: Path
+) -> None:
+    """The teacher of this recipe is another one than that of the run, of the same shapes: it stays."""
+    other = source / "exports/primary"
+    overrides = {"ema": (), "none": frozen(other), "average": (*frozen(other), "objective.average=0.9")}[wanted]
+    filled = student(*overrides)
+    told = load_initial_weights(filled, taught[start])
+    path = taught[start] / "checkpoints/step_00000002"
+    assert told.startswith(f"{said}{path}")
+    assert ("begins as the encoder" in told) is (start == "none")
+    run = load_config("debug", "primary", ["run_dir=unused"])
+    trained, _ = build_models(run.model, run.predictor, seed=0)
+    checkpoint.load_module(path, trained, "encoder")
+    assert_equal(filled.encoder, trained)
+    if wanted != "none":
+        exported = vjepa.from_pretrained(taught[start] / "exports/primary")
+        assert_equal(filled.exported, exported)
+    if wanted != "ema":
+        assert filled.target_encoder is not None
+        assert_equal(filled.target_encoder, vjepa.from_pretrained(other))
+
+
+@pytest.mark.parametrize(("start", "followed"), [("ema", "target"), ("none", None)])
+def test_an_older_checkpoint_which_does_not_say_what_it_exports_is_read_by_its_target(
+    start: str, followed: str | None, taught: dict[str, Path], teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "read_meta", lambda _: {})
+    filled = student() if start == "ema" else student(*frozen(teacher), "objective.average=0.9")
+    told = load_initial_weights(filled, taught[start])
+    assert told.startswith("encoder, predictor and target of " if followed else "encoder and predictor of ")
+    assert_equal(filled.exported, vjepa.from_pretrained(taught[start] / "exports/primary"))
+
+
+def test_an_export_fills_the_average_too(source: Path, teacher: Path) -> None:
+    filled = student(*frozen(teacher), "objective.average=0.9")
+    told = load_initial_weights(filled, source / "exports/primary")
+    assert told == f"encoder and average of {source}/exports/primary"
+    for encoder in (filled.encoder, filled.exported):
+        assert_equal(encoder, vjepa.from_pretrained(source / "exports/primary"))
+
+
+def assert_equal(found: Encoder, wanted: Encoder) -> None:
+    theirs = wanted.state_dict()
+    assert [name for name, value in found.state_dict().items() if not torch.equal(value, theirs[name])] == []
 
 
 def test_the_predictor_of_an_export_comes_where_it_is_asked_for(source: Path) -> None:

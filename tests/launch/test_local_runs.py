@@ -47,7 +47,10 @@ def test_the_run_directory_holds_what_the_design_names(finished: tuple[Path, str
         f"step_{step:08d}" for step in (5, 10, 15, 20)
     }
     exported = {path.name for path in (finished[0] / "exports/primary").iterdir()}
-    assert exported == {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
+    assert exported == {
+        *("model.safetensors", "predictor.safetensors"),
+        *("config.json", "preprocessor_config.json", "README.md"),
+    }
 
 
 def test_the_summary_is_the_documented_one(finished: tuple[Path, str]) -> None:

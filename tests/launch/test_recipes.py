@@ -314,7 +314,7 @@ def test_positions_of_a_cooldowns_clip_are_finer_in_space_and_go_on_in_time(
 
 
 def test_the_encoder_sees_corners_and_time_steps_of_a_cooldowns_clip_where_the_primary_stage_had_them() -> None:
-    """Eight patches in the corners of two time steps: 24 x 24 ends where 16 x 16 does, seven steps are seven."""
+    """The same patches in the corners of two time steps: 24 x 24 ends where 16 x 16 does, seven steps are seven."""
     patches = torch.randn(2, 4, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0))  # [step, corner, C, T, H, W]
 
     def features(frames: int, size: int, steps: tuple[int, int], encoder: Encoder) -> Tensor:

@@ -17,8 +17,9 @@ from data_pipeline.prepare.synthetic import make_debug_shards
 from evals.protocol import Row
 from evals.results import merge_summary
 from launch import report_pictures
+from launch.chain import ChainRequest
 from launch.config import RunConfig
-from launch.report import main
+from launch.report import build_reports, main
 from launch.report_figures import (
     DIAGNOSTICS,
     diagnostics_figure,
@@ -401,3 +402,22 @@ def test_pictures_are_made_of_media_files_too_and_of_streams_not(tmp_path: Path)
     clips, notes = report_pictures._clips(config)
     assert [caption.partition(" at ")[0] for caption in clips] == ["plain / film.mp4"]
     assert not notes
+
+
+def test_stages_stand_in_their_order_and_pixels_once_however_they_were_evaluated(tmp_path: Path) -> None:
+    """Also on a page without any stage's rows: none has logged a step."""
+    rows = [
+        Row(stage, "motion", "linear", "accuracy", True, model, 0, value)
+        for stage, model, value in (
+            *(("cooldown", "rgb", 0.2), ("cooldown", "trained", 0.8)),
+            *(("primary", "rgb", 0.3), ("primary", "trained", 0.9)),
+        )
+    ]
+    ChainRequest("debug", ("primary", "cooldown")).write(tmp_path)
+    merge_summary(tmp_path, rows)
+    html = build_reports(tmp_path).read_text()
+    heads = re.findall("<th>(.*?)</th>", html)
+    assert heads[-5:] == ["task", "metric", "primary", "cooldown", "rgb"]
+    assert "0.300" in html
+    assert "0.200" not in html
+    assert "primary is as good as cooldown or better in: motion" in html

@@ -14,7 +14,8 @@ from launch import snapshot
 from launch.cluster_profile import load_profile
 from launch.config import load_config
 from launch.job_order import JobOrder
-from launch.slurm_submit import clean_environment, dry_run, plan_order, script_text
+from launch.planned_job import dry_run
+from launch.slurm_submit import clean_environment, plan_order, script_text
 from launch.snapshot import OtherCodeError, hash_code, refuse_other_code, take_snapshot
 
 RUN = "/shared/runs/gigantic"

@@ -82,7 +82,7 @@ def test_a_teacher_never_changes_and_the_student_is_what_is_exported(teacher: Pa
         ({"target": "frozen"}, "needs objective.teacher.path"),
         ({"target": "ema", "teacher": {"path": "x"}}, "is read with objective.target=frozen"),
         ({"target": "frozen", "teacher": {"path": "HERE", "levels": [2]}}, r"has levels \[3, 6\]"),
-        ({"target": "frozen", "teacher": {"path": "/nowhere"}}, "holds no config.json"),
+        ({"target": "frozen", "teacher": {"path": "/nowhere"}}, "/nowhere does not exist"),
         ({"target": "none"}, "objective.target=none has no predictions"),
         ({"target": "ema", "embeddings": {"sigreg": {}}, "terms": {"sigreg": {}}}, "choose a name that is no term's"),
         ({"target": "ema", "terms": {"sigreg": {"shared": "views"}}}, "is not in objective.embeddings"),

@@ -23,6 +23,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "slurmdbd", "mari
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 SETTLED_S = 1.5  # NODE_FAIL shows for a moment before the requeue
 POLL_S = 0.2
+PATIENCE_S = 400.0  # what takes a second may take minutes where others use the machine; only a failure waits so long
 T = TypeVar("T")
 
 
@@ -34,7 +35,7 @@ def command(*arguments: str | Path, check: bool = True) -> str:
     return done.stdout.strip()
 
 
-def wait_until(look: Callable[[], T], what: Callable[[], object] | str, seconds: float = 60.0) -> T:
+def wait_until(look: Callable[[], T], what: Callable[[], object] | str, seconds: float = PATIENCE_S) -> T:
     """The first true answer of `look`; TimeoutError with `what` where there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -76,7 +77,7 @@ class PrivateCluster:
         """Of the job, or of each element of an array."""
         return command("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T", check=False).split()
 
-    def wait(self, job: str, states: Sequence[str], seconds: float = 60.0) -> None:
+    def wait(self, job: str, states: Sequence[str], seconds: float = PATIENCE_S) -> None:
         """Until the job (all its elements) is in one of the states."""
 
         def is_there() -> bool:
@@ -85,7 +86,7 @@ class PrivateCluster:
 
         wait_until(is_there, lambda: f"job {job} is {self.states(job)}, not {states}", seconds)
 
-    def over(self, job: str, seconds: float = 120.0) -> list[str]:
+    def over(self, job: str, seconds: float = PATIENCE_S) -> list[str]:
         """The last states; a job that is requeued after NODE_FAIL or PREEMPTED is not over."""
         since: float | None = None
         deadline = time.monotonic() + seconds
@@ -103,7 +104,7 @@ class PrivateCluster:
     def clear(self) -> None:
         """Cancel everything and wait until it is gone."""
         command("scancel", "--me", check=False)
-        wait_until(lambda: not command("squeue", "-h", check=False), "jobs are left after scancel", 30.0)
+        wait_until(lambda: not command("squeue", "-h", check=False), "jobs are left after scancel")
 
 
 def _give_up(why: str) -> NoReturn:

@@ -1,9 +1,10 @@
 """Ranks without a model, for tests of the supervisor: python -m tests.slurm.fake_ranks ORDER BEHAVIOUR, under srun.
 
-`train` counts steps and stops at signals as the trainer does; `crash` ends without a word, `refuse` with a refusal;
-`crash_on NODE` crashes there and trains anywhere else.
+`train` counts steps and stops at signals as the trainer does, `train_on` does so until it is stopped; `crash` ends
+without a word, `refuse` with a refusal; `crash_on NODE` crashes there and trains anywhere else.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -17,11 +18,12 @@ STEP_S = 0.05
 STEPS = 40
 
 
-def train(order: JobOrder, place: Place) -> int:
+def train(order: JobOrder, place: Place, *, is_endless: bool = False) -> int:
     received: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(signum, lambda signum, frame: received.append(signum))
-    for step in range(STEPS):
+    (order.folder / f"training_{place.rank}").touch()  # from here on it takes signals
+    for step in itertools.count() if is_endless else range(STEPS):
         time.sleep(STEP_S)
         if received:
             return leave(order, place, "interrupted", signal.Signals(received[0]).name, received[0], step)
@@ -42,7 +44,7 @@ def main() -> int:
         return leave(order, place, "refused", "train.batch.video=7 is odd")
     if behaviour == ["crash"] or behaviour == ["crash_on", place.node]:
         os._exit(3)
-    return train(order, place)
+    return train(order, place, is_endless=behaviour == ["train_on"])
 
 
 if __name__ == "__main__":

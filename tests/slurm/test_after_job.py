@@ -17,7 +17,7 @@ from launch.segments import Segment, read_segments
 from launch.slurm_submit import setup_lines, srun_arguments
 from tests.slurm.conftest import PrivateCluster, command, wait_until
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
 GAP_S = 25.0  # after which a job that was put back into the queue would have started again
 
@@ -76,9 +76,9 @@ def fates(running_cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFact
     """Five jobs, over; in the time of the longest."""
     root = tmp_path_factory.mktemp("fates")
     good, bad = running_cluster.nodes[1], running_cluster.nodes[0]
-    jobs = {"cancelled": start(root / "cancelled", "train")}
-    running_cluster.wait(jobs["cancelled"].job, ["RUNNING"])
-    time.sleep(1.0)
+    jobs = {"cancelled": start(root / "cancelled", "train_on")}
+    ranks = [jobs["cancelled"].order.folder / f"training_{rank}" for rank in range(2)]
+    wait_until(lambda: all(rank.exists() for rank in ranks), "no rank trains")
     command("scancel", jobs["cancelled"].job)
     cancelled = time.monotonic()
     command("scontrol", "update", f"nodename={good}", "state=drain", "reason=test")

@@ -11,7 +11,7 @@ from launch.status import read_status
 from launch.submit import main as submit
 from tests.slurm.conftest import PrivateCluster, wait_until
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 def stage(root: Path, name: str, command: str, after: str | None = None) -> str:
@@ -34,16 +34,22 @@ def states(root: Path) -> dict[str, str]:
 def test_a_failed_stage_leaves_the_next_ones_in_a_state_that_status_explains(
     cluster: PrivateCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = stage(tmp_path, "primary", "sleep 1; exit 3")
+    first = stage(
+        tmp_path, "primary", f"until test -e {tmp_path}/go; do sleep .1; done; test -e {tmp_path}/mended || exit 3"
+    )
     second = stage(tmp_path, "cooldown", "true", first)
     third = stage(tmp_path, "evals", "true", second)
     assert states(tmp_path)["evals"] == "PENDING"
+    (tmp_path / "go").touch()
     cluster.over(third)
     assert states(tmp_path) == {"primary": "FAILED", "cooldown": "CANCELLED", "evals": "CANCELLED"}
     assert submit(["status", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert f"cooldown: never started: primary (job {first}) failed. What to do: mend that" in text
     assert f"evals: never started: cooldown (job {second}) never started either" in text
+    (tmp_path / "mended").touch()
+    assert [line.partition(" is queued")[0] for line in resume(tmp_path)] == ["primary", "cooldown", "evals"]
+    wait_until(lambda: set(states(tmp_path).values()) == {"COMPLETED"}, lambda: states(tmp_path))
 
 
 def test_cancel_ends_the_whole_chain_and_resume_queues_it_again(
@@ -58,6 +64,10 @@ def test_cancel_ends_the_whole_chain_and_resume_queues_it_again(
     assert f"cancelled job {first} (primary), which was RUNNING" in capsys.readouterr().out
     wait_until(lambda: set(states(tmp_path).values()) == {"CANCELLED"}, lambda: states(tmp_path))
     wait_until(lambda: not read_status(tmp_path).is_live, "something lives")
+    assert submit(["status", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "primary: was cancelled" in text
+    assert "cooldown: never started: " in text
     (tmp_path / "job" / "primary.sbatch").write_text(
         (tmp_path / "job" / "primary.sbatch").read_text().replace("sleep 300", "true")
     )
@@ -96,7 +106,7 @@ def test_slices_of_ingest_run_as_an_array_and_are_joined(cluster: PrivateCluster
         f"--out={out}",
     ]
     assert submit(words) == 0
-    wait_until(lambda: not read_status(out).is_live, lambda: read_status(out).stages, 90.0)
+    wait_until(lambda: not read_status(out).is_live, lambda: read_status(out).stages)
     assert states(out)["join"] == "COMPLETED"
     assert sum(entry["samples"] for entry in json.loads((out / "manifest.json").read_text())["shards"]) == 2
     assert submit([*words[:2], "--slices=1", *words[3:]]) == 2

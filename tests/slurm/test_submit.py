@@ -18,15 +18,16 @@ import pytest
 
 from launch.cluster_profile import CLUSTERS, load_profile
 from launch.config import load_config
-from launch.slurm_submit import dry_run, refuse_queued, submit_stage
+from launch.planned_job import dry_run
+from launch.slurm_submit import refuse_queued, submit_stage
 from launch.snapshot import take_snapshot
 from launch.train import train
-from tests.slurm.conftest import PrivateCluster, command, wait_until
+from tests.slurm.conftest import PATIENCE_S, PrivateCluster, command, wait_until
+from tests.slurm.trainings import ranks_of
 from vjepa.config import ConfigError
 from vjepa.train.signals import StopFlag
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
-PATIENCE_S = 600.0  # on a machine that others use too
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("--stage", "primary", "--recipe", "debug", "train.seed=3", "train.steps=12")
 SLURM = ("--cluster", "slurm", "--profile", "private_test")
@@ -81,22 +82,6 @@ def without_times(script: str) -> str:
     """A script as it would be at any other moment, made by any other command."""
     script = re.sub(r"\d{8}-\d{6}|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", script)
     return re.sub(r"^# made by .*$", "# made by", script, flags=re.MULTILINE)
-
-
-def ranks_of(job: str) -> dict[int, int]:
-    """Rank -> process id of what a job's step has started on this machine."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            if not folder.name.isdigit() or b"submitit.core._submit" not in (folder / "cmdline").read_bytes():
-                continue
-            words = dict(word.split("=", 1) for word in (folder / "environ").read_text().split("\0") if "=" in word)
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if words.get("SLURM_JOB_ID") == job and b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
-                found[int(words["SLURM_PROCID"])] = int(folder.name)
-        except (OSError, KeyError):
-            continue  # it has ended, or is another user's
-    return found
 
 
 def test_two_nodes_run_the_submitted_code_to_the_losses_of_one_process(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,16 +12,18 @@ import pytest
 
 from data_pipeline.prepare.synthetic import make_debug_shards
 from launch.cluster_profile import CLUSTERS
+from launch.scheduler import describe
 from launch.segments import newest_checkpoint, read_begin
-from tests.slurm.conftest import PrivateCluster, command, wait_until
-from tests.slurm.trainings import Training, train
+from tests.slurm.conftest import PATIENCE_S, PrivateCluster, command, wait_until
+from tests.slurm.trainings import Training, ranks_of, train
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long]
-STEPS = 40
-PATIENCE_S = 400.0  # a machine may be busy with other things
+pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long, pytest.mark.timeout(1200)]
+STEPS = 48
+LONG = 120  # of two runs that are preempted together: the faster one makes up to 45 while the other starts again
+LIMIT_AWAY_S = 40
 LONGER = 200  # steps of a run that is to meet its time limit
 GRACE = {"low": 10, "low0": 0}  # partitions and the seconds that they give a preempted job
-PREEMPTIONS = 4  # the first before a step is made
+PREEMPTIONS = 3  # the first before a step is made
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(
     running_cluster: PrivateCluster, shards: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[int, float]]:
-    """Steps and losses of a run that nobody interrupts, on the same world."""
-    run = train(tmp_path_factory.mktemp("undisturbed") / "run", shards, f"train.steps={STEPS}")
+    """Steps and losses of a run that nobody interrupts, on the same world; of a shorter run they are the first ones."""
+    run = train(tmp_path_factory.mktemp("undisturbed") / "run", shards, f"train.steps={LONG}")
     assert running_cluster.over(run.job, PATIENCE_S) == ["COMPLETED"], run.said
     assert len(run.segments) == 1
     return run.losses
@@ -71,7 +73,7 @@ def test_preempted_any_number_of_times_a_run_ends_as_if_undisturbed(
 ) -> None:
     """Two runs at once, in partitions with and without grace."""
     cluster.up(*site)
-    runs = [train(tmp_path / name, shards, f"train.steps={STEPS}", partition=name) for name in GRACE]
+    runs = [train(tmp_path / name, shards, f"train.steps={LONG}", partition=name) for name in GRACE]
     for run in runs:
         wait_until(lambda run=run: read_begin(run.folder / "job", run.job, 0)[0], "no start", PATIENCE_S)
     preempt(cluster)
@@ -84,7 +86,7 @@ def test_preempted_any_number_of_times_a_run_ends_as_if_undisturbed(
         assert [segment.kind for segment in run.segments] == ["interrupted"] * PREEMPTIONS + ["done"], run.said
         check_continuity(run)
         assert run.segments[0].last_step == 0
-        assert all((s.last_step or 0) > (s.first_step or 0) for s in run.segments[1:])
+        assert all((s.last_step or 0) > (s.first_step or 0) or s.first_step == LONG for s in run.segments[1:])
         assert run.losses == undisturbed  # bit for bit: the rows hold the losses at full precision
         report(run)
 
@@ -103,18 +105,19 @@ def test_a_time_limit_and_a_hung_rank_cost_a_restart_and_no_more(
 ) -> None:
     """Two runs at once: one reaches its time limit, in the other a rank is stopped."""
     limited = train(tmp_path / "limited", shards, f"train.steps={LONGER}")
-    watchdog = ["train.watchdog.dump_after_s=12", "train.watchdog.abort_after_s=20"]
+    watchdog = ["train.watchdog.dump_after_s=15", "train.watchdog.abort_after_s=30"]
     hung = train(tmp_path / "hung", shards, f"train.steps={STEPS}", *watchdog)
     limited.wait_for_steps(0)
-    command("scontrol", "update", f"JobId={limited.job}", "TimeLimit=1")  # less than signal_delay_s away
+    bring_the_limit_near(limited.job)
     hung.wait_for_steps(0)
-    os.kill(process_of(hung.job, rank=3), signal.SIGSTOP)
-    wait_until(lambda: limited.segments, lambda: f"no signal before the limit: {limited.said}", 90.0)
-    wait_until(lambda: cluster.states(limited.job) == ["PENDING"], "not requeued", 30.0)
+    os.kill(ranks_of(hung.job)[3], signal.SIGSTOP)
+    wait_until(lambda: limited.segments, lambda: f"no signal before the limit: {limited.said}")
+    wait_until(lambda: describe(limited.job)["Restarts"] == "1", lambda: f"not requeued: {describe(limited.job)}")
+    wait_until(lambda: cluster.states(limited.job)[0] in ("PENDING", "RUNNING"), "it is ending still")
     command("scontrol", "update", f"JobId={limited.job}", "TimeLimit=60")
     assert cluster.over(hung.job, PATIENCE_S) == ["COMPLETED"], hung.said
     check_hung(hung, cluster.nodes[1])
-    assert hung.losses == undisturbed
+    assert hung.losses == undisturbed[:STEPS]
     limited.wait_for_steps(1)
     assert limited.segments[0].kind == "interrupted"
     assert limited.segments[0].reason == f"SIGUSR2 at step {limited.segments[0].last_step}"
@@ -122,30 +125,21 @@ def test_a_time_limit_and_a_hung_rank_cost_a_restart_and_no_more(
     check_continuity(limited)
 
 
+def bring_the_limit_near(job: str) -> None:
+    """Less than signal_delay_s away, and far enough for a save on a busy machine: SLURM looks every 30 s."""
+    hours, minutes, seconds = map(int, describe(job)["RunTime"].split(":"))
+    limit = 60 * hours + minutes + (1 if seconds <= 60 - LIMIT_AWAY_S else 2)
+    command("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+
+
 def check_hung(run: Training, culprit: str) -> None:
     first, second = run.segments
     assert (first.kind, first.culprit, second.kind) == ("hung", culprit, "done")
-    assert "no progress for 1" in first.reason
+    assert re.search(r"no progress for \d+ s", first.reason)
     assert first.reason.endswith(f"nothing was heard of rank 3 on {culprit}")
     stacks = (run.folder / "stacks" / "rank_0.txt").read_text()
     assert "=== end of these stacks" in stacks
     check_continuity(run)
-
-
-def process_of(job: str, rank: int) -> int:
-    """The process of a rank: the child of SLURM's step daemon."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if not Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd"):
-                continue
-            is_submitit = b"submitit.core._submit" in (folder / "cmdline").read_bytes()
-            if is_submitit and wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                return int(folder.name)
-        except OSError:
-            continue
-    raise LookupError(f"job {job} has no process of rank {rank}")
 
 
 def test_a_run_survives_the_death_of_its_first_node(
@@ -157,8 +151,7 @@ def test_a_run_survives_the_death_of_its_first_node(
     wait_until(lambda: newest_checkpoint(run.folder) >= 5, "no checkpoint", PATIENCE_S)
     dead = cluster.nodes[0]
     cluster.crash(dead)
-    wait_until(lambda: cluster.states(run.job) == ["PENDING"], "the node's death was not noticed", 90.0)
-    time.sleep(0.5)
+    wait_until(lambda: cluster.states(run.job) == ["PENDING"], "the node's death was not noticed")
     cluster.up()
     assert cluster.over(run.job, PATIENCE_S) == ["COMPLETED"], run.said
     first, second = run.segments
@@ -167,7 +160,7 @@ def test_a_run_survives_the_death_of_its_first_node(
     assert second.first_step is not None
     assert second.first_step >= 5
     check_continuity(run)
-    assert run.losses == undisturbed
+    assert run.losses == undisturbed[:STEPS]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a folder that one node alone sees read-only needs root")
@@ -179,7 +172,7 @@ def test_a_node_with_a_read_only_disk_is_named_before_the_first_step(
     profile = tmp_path / "once.yaml"
     profile.write_text((CLUSTERS / "private_test.yaml").read_text() + "max_crashes: 1\n")
     block = command(
-        "sbatch", "--parsable", "-p", "high", "-N2", "--ntasks-per-node=4", "-o", "/dev/null", "--wrap=sleep 99"
+        "sbatch", "--parsable", "-p", "high", "-N2", "--ntasks-per-node=4", "-o", "/dev/null", "--wrap=sleep 900"
     )
     run = train(tmp_path / "run", shards, profile=str(profile))
     folder.mkdir(parents=True)

@@ -10,7 +10,7 @@ from typing import Any
 from launch.job_order import read_jobs
 from launch.segments import Segment, read_begin, read_segments
 from launch.submit import main as submit
-from tests.slurm.conftest import wait_until
+from tests.slurm.conftest import PATIENCE_S, wait_until
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Training:
         logs = [self.folder / "job" / f"{self.job}.out", *sorted((self.folder / "job" / self.job).glob("*.out"))]
         return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs if log.is_file())
 
-    def wait_for_steps(self, start: int, seconds: float = 300.0) -> None:
+    def wait_for_steps(self, start: int, seconds: float = PATIENCE_S) -> None:
         """Until the start numbered so (0: the first) has logged a step of its own."""
         wait_until(lambda: self._has_stepped(start), lambda: f"no step of start {start}: {self.said}", seconds)
 
@@ -65,3 +65,19 @@ def train(
     settings = [f"run_dir={folder}", "prepare.debug=none", "report=false", *sources, *arguments]
     assert submit(["--recipe", "debug", *cluster, *settings]) == 0
     return Training(folder, read_jobs(folder)[-1]["job"])
+
+
+def ranks_of(job: str) -> dict[int, int]:
+    """Rank -> process id of what a job's step has started on this machine."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            if not folder.name.isdigit() or b"submitit.core._submit" not in (folder / "cmdline").read_bytes():
+                continue
+            words = dict(word.split("=", 1) for word in (folder / "environ").read_text().split("\0") if "=" in word)
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if words.get("SLURM_JOB_ID") == job and b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                found[int(words["SLURM_PROCID"])] = int(folder.name)
+        except (OSError, KeyError):
+            continue  # it has ended, or is another user's
+    return found

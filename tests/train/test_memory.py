@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from torch._C._distributed_c10d import HashStore
 from tests.train.fake_step import measured_peak
 from tests.train.live_storages import LiveStorages
 from vjepa.batch import Modality
-from vjepa.nn.encoder import EncoderConfig
+from vjepa.hub.folder import save_config
+from vjepa.nn.encoder import Encoder, EncoderConfig
 from vjepa.nn.latent import LatentConfig
 from vjepa.nn.predictor import PredictorConfig
 from vjepa.nn.rope import grid_table
 from vjepa.objectives import ObjectiveConfig
 from vjepa.objectives.checks import freeze_unused
+from vjepa.objectives.config import TeacherConfig
 from vjepa.registry import model_config
 from vjepa.train.distributed import World
 from vjepa.train.memory import StepMemory, count_elements
@@ -103,10 +106,13 @@ def check(
     *,
     within: float,
     latent: LatentConfig | None = None,
-) -> None:
+    distilled: ObjectiveConfig | None = None,
+) -> StepMemory:
     encoder, predictor = configs(name, depth)
-    objective = ObjectiveConfig() if latent is None else with_latent(latent)
+    objective = distilled or (ObjectiveConfig() if latent is None else with_latent(latent))
     predictor = replace(predictor, latent_dim=objective.latent.width)
+    if distilled is not None:
+        predictor = replace(predictor, target_dim=4 * encoder.embed_dim)  # of a teacher as wide as the student
     parallel = replace(parallel, activations=activations)
     memory = StepMemory(
         *(encoder, predictor, objective, UNIT),
@@ -126,6 +132,27 @@ def check(
     )
     print(f"{name} depth {encoder.depth}: planned {need.total / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB, {need}")
     assert need.total == pytest.approx(measured, rel=within), need
+    return memory
+
+
+@pytest.mark.parametrize(("precision", "world"), [("bf16", 1), ("fp32", 1), ("bf16", 8), ("fp32", 8)])
+def test_an_average_and_a_teacher_in_bf16_are_in_the_plan(precision: Precision, world: int, tmp_path: Path) -> None:
+    teacher, student = model_config("vit_large", depth=12), model_config("vit_large", depth=6)
+    save_config(teacher, tmp_path)
+    objective = ObjectiveConfig(
+        target="frozen",
+        average=0.99,
+        teacher=TeacherConfig(str(tmp_path), precision="bf16"),
+        terms={"masked_prediction": {}},
+    )
+    parallel = ParallelConfig("fsdp" if world > 1 else "ddp")
+    within = 0.02 if world == 1 else 0.1
+    where = ("vit_large", 6, "recompute", precision, "cuda", 1, 1)
+    memory = check(*where, parallel, world, within=within, distilled=objective)
+    parts = memory.need(1, ParallelConfig(), 1).parts
+    with torch.device("meta"):
+        numbers = [sum(p.numel() for p in Encoder(config).parameters()) for config in (teacher, student)]
+    assert (parts["target encoder"], parts["average"]) == (2 * numbers[0], 4 * numbers[1])
 
 
 def with_latent(latent: LatentConfig) -> ObjectiveConfig:

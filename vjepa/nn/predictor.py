@@ -78,6 +78,12 @@ class Predictor(nn.Module):
         self.masked_head = nn.Linear(width, config.target_dim)
         self.context_head = nn.Linear(width, config.target_dim) if config.context_head else None
 
+    @property
+    def trains_context_head(self) -> bool:
+        """Whether the head for visible tokens is there and not frozen: no other is exported."""
+        head = self.context_head
+        return head is not None and any(parameter.requires_grad for parameter in head.parameters())
+
     def forward(
         self,
         context_tokens: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,9 +15,10 @@ from vjepa.nn.attention import BackendName
 from vjepa.nn.encoder import Encoder, EncoderConfig
 from vjepa.nn.init import WEIGHT_STD
 from vjepa.nn.predictor import PredictorConfig
-from vjepa.objectives.config import ObjectiveConfig
+from vjepa.objectives.config import ObjectiveConfig, TeacherConfig
 from vjepa.objectives.jepa import JEPA
 from vjepa.objectives.targets import FrozenTarget, target_shape, teacher_levels
+from vjepa.objectives.teacher_cache import CACHE_DTYPES, TeacherCache, weights_sha256
 from vjepa.registry import create_encoder, create_predictor
 
 
@@ -73,12 +75,35 @@ def teacher_config(config: ObjectiveConfig) -> EncoderConfig | None:
     return None if config.teacher.path is None else encoder_config(config.teacher.path)
 
 
-def load_teacher(objective: JEPA) -> None:
-    """Fill a frozen teacher, whole or in shards, from where the recipe says its weights lie."""
-    path = objective.config.teacher.path
-    if path is not None:
-        assert objective.target_encoder is not None
-        load_strict(objective.target_encoder, from_pretrained(path).state_dict(), source=path)
+def load_teacher(objective: JEPA, *, clips: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """Fill a frozen teacher, whole or in shards, from where the recipe says its weights lie.
+
+    `clips`: for each modality what decides the pixels of an ordinal, which objective.teacher.cache needs.
+    """
+    settings, target = objective.config.teacher, objective.target
+    if settings.path is None:
+        return
+    assert isinstance(target, FrozenTarget)
+    loaded = from_pretrained(settings.path)
+    load_strict(target.encoder, loaded.state_dict(), source=settings.path)
+    if settings.cache is not None:
+        if clips is None:
+            raise ValueError(
+                f"objective.teacher.cache={settings.cache} needs to be told which clips: load_teacher(clips=)"
+            )
+        objective.cache = _cache(settings, target, loaded, clips)
+
+
+def _cache(
+    settings: TeacherConfig, target: FrozenTarget, loaded: Encoder, clips: Mapping[str, Mapping[str, str]]
+) -> TeacherCache:
+    teacher = {
+        "sha256 of the weights": weights_sha256(loaded),
+        "encoder": str(loaded.config),
+        "levels": str([level + 1 for level in target.shape.levels]),
+        "weights in": str(next(target.encoder.parameters()).dtype),
+    }
+    return TeacherCache(str(settings.cache), teacher=teacher, clips=clips, dtype=CACHE_DTYPES[settings.cache_dtype])
 
 
 def _is_meta(device: Any) -> bool:
@@ -94,4 +119,4 @@ def _teacher(config: ObjectiveConfig, attention: BackendName, device: Any) -> Fr
             teacher = Encoder(found, attention=attention)
     else:
         teacher = from_pretrained(config.teacher.path, attention=attention, device=device)
-    return FrozenTarget(teacher, teacher_levels(config.teacher, found))
+    return FrozenTarget(teacher, teacher_levels(config.teacher, found), config.teacher.precision)

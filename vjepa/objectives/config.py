@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 USUAL_MOMENTUM = (0.99, 0.9999)
 
 TargetName = Literal["ema", "frozen", "online", "pixels", "none"]
+WeightPrecision = Literal["fp32", "bf16"]
 
 
 def _default_terms() -> dict[str, Any]:
@@ -26,8 +27,9 @@ class TeacherConfig:
 
     path: str | None = None  # an exported folder (RUN/exports/STAGE) or a released .pt file
     levels: list[int] | None = None  # its blocks that are predicted, from 1; -1: the last; null: all of its levels
-    precision: Literal["fp32", "bf16"] = "fp32"
-    cache: str | None = None
+    precision: WeightPrecision = "fp32"  # of its weights; bf16 halves their memory, and they compute in bf16
+    cache: str | None = None  # folder that keeps its targets, for other students and runs over the same clips
+    cache_dtype: Literal["fp32", "bf16"] = "fp32"  # they are rounded to it, read or computed; bf16 halves the folder
 
     def __post_init__(self) -> None:
         if self.levels is not None and any(level < 1 and level != -1 for level in self.levels or [0]):
@@ -42,7 +44,7 @@ class ObjectiveConfig:
     stop_gradient: bool = False  # online only: no gradient through the targets; the others have none
     momentum: float = 0.99925  # of the EMA target at step 0
     momentum_end: float | None = None  # at the last step, linear in between; null keeps it constant
-    average: float | None = None
+    average: float | None = None  # momentum of the encoder's average, the export; null: none; ema's target is its own
     teacher: TeacherConfig = field(default_factory=TeacherConfig)  # frozen only
     latent: LatentConfig = field(default_factory=LatentConfig)  # what the context cannot tell the predictor
     video_weight: float = 0.5  # share of video in the loss, as the reference's half of the ranks
@@ -59,6 +61,7 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.{name}={value} must be between 0 and 1")
         if self.target == "ema":
             self._warn_of_momentum()
+        self._check_average()
         self._check_teacher()
         if self.target == "none" and self.latent.kind != "none":
             raise ValueError(
@@ -66,6 +69,26 @@ class ObjectiveConfig:
             )
         if min(self.video_weight, self.image_weight) < 0 or self.video_weight + self.image_weight == 0:
             raise ValueError("objective.video_weight and image_weight must not be negative, and not both 0")
+
+    @property
+    def exported(self) -> str:
+        """Which module of the objective a run is made for; checkpoints name it so: model.EXPORTED.*."""
+        if self.target == "ema":
+            return "target.encoder"
+        return "encoder" if self.average is None else "average"
+
+    def _check_average(self) -> None:
+        if self.average is None:
+            return
+        if self.target == "ema":
+            raise ValueError(
+                f"objective.average={self.average} is not for target=ema, which is an average of the encoder "
+                "already, and is exported: set objective.momentum, and objective.average=null"
+            )
+        if not 0 <= self.average < 1:
+            raise ValueError(
+                f"objective.average={self.average} must be at least 0 and below 1; with 1 it would never move"
+            )
 
     def _check_teacher(self) -> None:
         if self.target == "frozen" and self.teacher.path is None:
@@ -76,6 +99,11 @@ class ObjectiveConfig:
         if self.target != "frozen" and self.teacher.path is not None:
             raise ValueError(
                 f"objective.teacher.path={self.teacher.path} is read with objective.target=frozen, not {self.target}"
+            )
+        if self.target != "frozen" and (self.teacher.cache, self.teacher.cache_dtype) != (None, "fp32"):
+            raise ValueError(
+                f"objective.teacher.cache={self.teacher.cache} and cache_dtype={self.teacher.cache_dtype} are for "
+                f"objective.target=frozen, not {self.target}: its targets change, or cost nothing; leave them out"
             )
 
     def _warn_of_momentum(self) -> None:

@@ -17,12 +17,14 @@ from vjepa.nn.flops import FORWARD_BACKWARD, encoder_flops, latent_flops, predic
 from vjepa.nn.init import WEIGHT_STD, initialise
 from vjepa.nn.latent import Latent, LatentInference, latent_noise
 from vjepa.nn.predictor import Predictor, Query
+from vjepa.objectives.average import follow, follower_of, start
 from vjepa.objectives.checks import check_together
 from vjepa.objectives.config import ObjectiveConfig
 from vjepa.objectives.embeddings import Embeddings, Nested, StepEmbeddings
 from vjepa.objectives.outputs import Outputs
 from vjepa.objectives.regularisers import Regulariser
 from vjepa.objectives.targets import EmaTarget, FrozenTarget, PixelTarget, Target, normalise_levels
+from vjepa.objectives.teacher_cache import CACHE_DTYPES, TeacherCache, kept_as
 from vjepa.objectives.terms import (
     Term,
     WholeBatchTerm,
@@ -74,6 +76,8 @@ class JEPA(nn.Module):
         self.encoder = encoder
         self.predictor = predictor
         self.target = self._build_target(encoder, teacher)
+        self.average = None if config.average is None else follower_of(encoder)  # never in the loss
+        self.cache: TeacherCache | None = None  # of a frozen teacher's targets, see build.load_teacher
         if predictor is not None and config.latent.kind != "none":
             self._build_latent(predictor)
         self.wanted = Wanted(masks=predictor is not None, whole=config.target == "online", crops=self._uses_views())
@@ -128,17 +132,24 @@ class JEPA(nn.Module):
 
     @property
     def exported(self) -> Encoder:
-        """The encoder that a run is made for: the EMA target where there is one, otherwise the one that is trained."""
-        return self.target.encoder if isinstance(self.target, EmaTarget) else self.encoder
+        """The encoder that a run is made for: an average of the trained one where there is one, else that itself."""
+        found = self.get_submodule(self.config.exported)
+        assert isinstance(found, Encoder)
+        return found
+
+    @property
+    def follower(self) -> Encoder | None:
+        """The encoder that follows the trained one, as EMA target or as its average."""
+        return None if self.exported is self.encoder else self.exported
 
     def initialise(self, *, seed: int, weight_std: float = WEIGHT_STD) -> None:
-        """Fill every trained parameter, whole or in shards, from the seed; an EMA target begins as the encoder."""
+        """Fill every trained parameter, whole or in shards, from the seed; what follows the encoder begins as it."""
         initialise(self.encoder, scope="encoder", seed=seed, weight_std=weight_std)
         if self.predictor is not None:
             initialise(self.predictor, scope="predictor", seed=seed, weight_std=weight_std)
         self._initialise_heads(seed=seed, weight_std=weight_std)
-        if isinstance(self.target, EmaTarget):
-            self.target.start_from(self.encoder)
+        if self.follower is not None:
+            start(self.follower, self.encoder)
 
     def forward(self, micro_batch: MicroBatch, step: int, of_step: StepEmbeddings | None = None) -> Result:
         """All masks and views of all modalities in one pass of encoder, predictor and target.
@@ -148,7 +159,7 @@ class JEPA(nn.Module):
         batches = _in_order(micro_batch)
         clips = [[normalise(view) for view in self.wanted.clips(batch)] for batch in batches]
         first = [views[0] for views in clips]
-        targets = self.target(first) if self.target is not None else None  # first: nothing else is in memory yet
+        targets = self._targets(batches, first)  # first: nothing else is in memory yet
         encoded = self._encode(batches, clips, self.wanted)
         if targets is None:
             targets = [self._own_target(part.whole) for part in encoded]
@@ -168,6 +179,13 @@ class JEPA(nn.Module):
                 of_step=of_step,
             )
         return self._sum(outputs, step)
+
+    def _targets(self, batches: Sequence[Batch], clips: Sequence[Tensor]) -> list[Tensor] | None:
+        """Targets [B, N, L*D] of every batch's first view; None where the encoder's own tokens are taken, or none."""
+        target, dtype = self.target, CACHE_DTYPES[self.config.teacher.cache_dtype]
+        if target is None or self.cache is None:
+            return None if target is None else kept_as(target(clips), dtype)
+        return self.cache.targets(batches, lambda: kept_as(target(clips), dtype))
 
     @torch.no_grad()
     def embed(self, micro_batch: MicroBatch, step: int) -> dict[tuple[Modality, str], Nested]:
@@ -254,15 +272,17 @@ class JEPA(nn.Module):
                 mean = mean + shares[modality] * value.detach()
             metrics[f"loss/{name}"] = mean
         notes = {f"{name}/{m}": value for m, output in outputs.items() for name, value in output.notes.items()}
+        if self.cache is not None:
+            notes["teacher_cached"] = torch.full_like(loss, float(self.cache.was_read)).detach()
         return Result(loss, {"loss": loss.detach(), **metrics, **notes}, outputs)
 
     def flops(self, micro_batch: MicroBatch) -> int:
-        """Floating-point operations of one forward and backward pass, the target's forward pass included."""
+        """Floating-point operations of one forward and backward pass, the target's included unless it was just read."""
         return sum(self._flops(batch) for batch in micro_batch.values())
 
     def _flops(self, batch: Batch) -> int:
         mine, clips, trained, total = self.encoder.config, len(batch), 0, 0
-        if self.target_encoder is not None:
+        if self.target_encoder is not None and not (self.cache is not None and self.cache.was_read):
             total += encoder_flops(self.target_encoder.config, batch.grid, batch.modality, clips, [None])
         for grid, lengths in self.wanted.lengths(batch, mine.patch_size, mine.tubelet_size):
             trained += encoder_flops(mine, grid, batch.modality, clips, lengths)
@@ -284,10 +304,10 @@ class JEPA(nn.Module):
         return {f"weight/{name}/{m}": term.weight_at(m, step) for name, term in self.terms.items() for m in modalities}
 
     def update_target(self, step: int, total_steps: int) -> None:
-        """After the optimizer's step: move the target towards the encoder."""
-        momentum = self.momentum_at(step, total_steps)
-        if isinstance(self.target, EmaTarget) and momentum is not None:
-            self.target.update(self.encoder, momentum)
+        """After the optimizer's step: move the target, or the average, towards the encoder."""
+        momentum = self.momentum_at(step, total_steps) if self.average is None else self.config.average
+        if self.follower is not None and momentum is not None:
+            follow(self.follower, self.encoder, momentum)
 
 
 def _in_order(micro_batch: MicroBatch) -> list[Batch]:

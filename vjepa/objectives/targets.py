@@ -12,7 +12,6 @@ Targets are levels side by side, each layer-normed once more without affine para
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjepa.nn.encoder import Encoder, EncoderConfig, View
-from vjepa.objectives.config import TargetName, TeacherConfig
+from vjepa.objectives.average import follower_of
+from vjepa.objectives.config import TargetName, TeacherConfig, WeightPrecision
+
+WEIGHT_DTYPES: dict[WeightPrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ class TargetShape:
 
 
 class EmaTarget(nn.Module):
-    """The target encoder. Its parameters are fp32, need no gradient and change only through `update`."""
+    """The target encoder, a follower of the trained one: see average.py."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(encoder).float().requires_grad_(False)
+        self.encoder = follower_of(encoder)
         self.shape = TargetShape(encoder.levels, encoder.embed_dim)
 
     @torch.no_grad()
@@ -54,26 +56,16 @@ class EmaTarget(nn.Module):
         outputs = self.encoder.forward_levels([View(views) for views in clips])
         return [normalise_levels(levels[0], self.shape.num_levels) for levels in outputs]
 
-    @torch.no_grad()
-    def start_from(self, encoder: Encoder) -> None:
-        """target <- encoder."""
-        for mine, theirs in zip(self.encoder.parameters(), encoder.parameters(), strict=True):
-            mine.copy_(theirs)
-
-    @torch.no_grad()
-    def update(self, encoder: Encoder, momentum: float) -> None:
-        """target <- momentum * target + (1 - momentum) * encoder, over all parameters in one foreach call."""
-        student = [parameter.detach() for parameter in encoder.parameters()]
-        targets: list[Tensor] = list(self.encoder.parameters())
-        torch._foreach_lerp_(targets, student, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
-
 
 class FrozenTarget(nn.Module):
-    """A teacher of any width and depth on the student's token grid; `levels` are 0-based blocks that have a norm."""
+    """A teacher of any width and depth on the student's token grid; `levels` are 0-based blocks that have a norm.
 
-    def __init__(self, teacher: Encoder, levels: Sequence[int]) -> None:
+    Weights held in bf16 compute in bf16, under autocast or without; targets are normalised in fp32 all the same.
+    """
+
+    def __init__(self, teacher: Encoder, levels: Sequence[int], precision: WeightPrecision = "fp32") -> None:
         super().__init__()
-        self.encoder = teacher.float().requires_grad_(False)
+        self.encoder = teacher.to(WEIGHT_DTYPES[precision]).requires_grad_(False)
         self.chosen = [teacher.levels.index(level) for level in levels]
         self.shape = TargetShape(tuple(levels), teacher.embed_dim)
 

@@ -194,7 +194,7 @@ def _retire(root: Path, config: CheckpointConfig) -> None:
 def load(path: Path, state: dict[str, Any], world: World, *, is_verified: bool = False) -> dict[str, Any]:
     """Verify the checkpoint (unless `newest` just has) and load it into `state`, collectively; returns its meta."""
     if not is_verified:
-        _refuse_damaged(path, world)
+        refuse_damaged(path, world)
     _compare_keys(path, state)
     reader = FileSystemReader(path / "dcp")
     try:
@@ -210,9 +210,18 @@ def load_module(path: Path, module: nn.Module, prefix: str, world: World = ALONE
 
     They are stored as model.PREFIX.* or, for "", model.*.
     """
-    prefix = f"{prefix}." if prefix else ""
-    state = {"model": {f"{prefix}{name}": tensor.detach() for name, tensor in module.state_dict().items()}}
-    _load_part(path, state, world)
+    refuse_damaged(path, world)
+    load_modules(path, {prefix: module})
+
+
+def load_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """The same of several modules by their prefixes, and of a checkpoint that was verified."""
+    state = {
+        ".".join(filter(None, (prefix, name))): tensor.detach()
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    _load_part(path, {"model": state})
 
 
 def load_moments(path: Path, optimizer_state: dict[str, Any], world: World = ALONE) -> None:
@@ -220,6 +229,7 @@ def load_moments(path: Path, optimizer_state: dict[str, Any], world: World = ALO
 
     Learning rates and the like stay as they are. CheckpointError where other parameters were trained there.
     """
+    refuse_damaged(path, world)
     moments = {name: value for name, value in optimizer_state.items() if name.startswith("state.")}
     stored = {name for name in _stored(path) if name.startswith("optimizer.state.")}
     if extra := sorted(stored - {f"optimizer.{name}" for name in moments}):
@@ -228,13 +238,12 @@ def load_moments(path: Path, optimizer_state: dict[str, Any], world: World = ALO
             f"here ({len(extra)} such entries in all)"
         )
     state = {"optimizer": moments}
-    _load_part(path, state, world)
+    _load_part(path, state)
     optimizer_state.update(state["optimizer"])
 
 
-def _load_part(path: Path, state: dict[str, Any], world: World) -> None:
-    """Verify the checkpoint and load what `state` names, which may be less than it holds."""
-    _refuse_damaged(path, world)
+def _load_part(path: Path, state: dict[str, Any]) -> None:
+    """Load what `state` names, which may be less than the checkpoint holds."""
     missing = sorted(set(_flatten(state)) - _stored(path))
     if missing:
         raise CheckpointError(f"checkpoint {path} has no {missing[0]} ({len(missing)} missing in all)")
@@ -272,7 +281,8 @@ def _verify(path: Path, world: World) -> str | None:
     return None
 
 
-def _refuse_damaged(path: Path, world: World) -> None:
+def refuse_damaged(path: Path, world: World) -> None:
+    """Raise CheckpointError where a file of a checkpoint is not what was written; every rank reads its share."""
     if problem := verify(path, world):
         raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
 

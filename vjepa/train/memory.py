@@ -44,7 +44,7 @@ class Need:
     """One rank's memory at its fullest moment."""
 
     moment: str  # section of the step
-    parts: Mapping[str, int]  # bytes by part, the same names whatever the settings
+    parts: Mapping[str, int]  # bytes by part, the same names whatever the settings of a recipe
 
     @property
     def total(self) -> int:
@@ -60,6 +60,7 @@ class Elements:
 
     model: int
     target: int
+    average: int
     trainable: int
 
 
@@ -74,6 +75,7 @@ def count_elements(objective: JEPA, shards: int = 1) -> Elements:
     return Elements(
         model=sum(map(total, models)),
         target=0 if objective.target_encoder is None else total(objective.target_encoder),
+        average=0 if objective.average is None else total(objective.average),
         trainable=sum(total(model, is_trainable=True) for model in models),
     )
 
@@ -135,7 +137,8 @@ class StepMemory:
         fullest = int(np.argmax(total))
         parts = {
             "parameters": FP32 * local.model,
-            "target encoder": FP32 * local.target,
+            "target encoder": _target_width(self.objective) * local.target,
+            **({} if self.objective.average is None else {"average": FP32 * local.average}),
             "optimizer": ADAM * local.trainable,
             "gradients": int(gradients[fullest]),
             "weights gathered or cast": int(weights[fullest]),
@@ -212,6 +215,7 @@ class _Gathered:
 
     def __init__(self, objective: JEPA, width: int) -> None:
         self.width = width
+        self.target_width = min(width, _target_width(objective))
         named = {"encoder": objective.encoder, "predictor": objective.predictor, "target": objective.target_encoder}
         stacks = {name: stack for name, stack in named.items() if stack is not None}
         nothing = dict.fromkeys(named, 0)
@@ -226,7 +230,7 @@ class _Gathered:
         width, block, root = self.width, self.block, self.root
         roots = width * (root["encoder"] + root["predictor"])
         if name == "target":
-            return width * (root["target"] + 3 * block["target"])
+            return self.target_width * (root["target"] + 3 * block["target"])
         if name.startswith("encoder ") and "backward" not in name:
             return width * (root["encoder"] + 3 * block["encoder"])
         if "backward" not in name:
@@ -236,6 +240,12 @@ class _Gathered:
         if name == "encoder embed backward":
             return roots + gradients + FP32 * (root["encoder"] + root["predictor"])
         return roots + gradients + max(3 * width, 2 * width + FP32) * block[stack]
+
+
+def _target_width(objective: JEPA) -> int:
+    """Bytes of one of the target encoder's parameters; only a frozen teacher's are not fp32."""
+    target = objective.target_encoder
+    return FP32 if target is None else next(target.parameters()).element_size()
 
 
 def _elements(module: nn.Module) -> int:

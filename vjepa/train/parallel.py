@@ -100,7 +100,7 @@ def _trained_stacks(objective: JEPA) -> dict[str, Encoder | Predictor]:
 
 
 def _stacks(objective: JEPA) -> dict[str, Encoder | Predictor]:
-    """What holds blocks."""
+    """What holds blocks that compute."""
     target = objective.target_encoder
     return _trained_stacks(objective) | ({} if target is None else {"target": target})
 
@@ -114,18 +114,21 @@ def _mesh(config: ParallelConfig, world: World) -> DeviceMesh:
 
 
 def _shard(objective: JEPA, mesh: DeviceMesh, precision: str) -> None:
-    """Shard every block, then what is left of encoder, predictor and target; parameters keep their names.
+    """Shard every block, then what is left of encoder, predictor, target and average; parameters keep their names.
 
-    Master weights and gradients stay fp32; with bf16 what is gathered for a block is bf16.
+    Master weights and gradients stay fp32; with bf16 what is gathered for a block is bf16. Of an average nothing
+    is ever gathered.
     """
     computed = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32 if computed else None)
-    for name, stack in _stacks(objective).items():
+    average = {} if objective.average is None else {"average": objective.average}
+    for name, stack in (_stacks(objective) | average).items():
         for block in stack.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # The target has no backward pass that would free its root: gathered parameters would meet the EMA.
         fully_shard(stack, mesh=mesh, mp_policy=policy, reshard_after_forward=name == "target" or None)
-        register_fsdp_forward_method(stack, ENTRIES[name])
+        if name in ENTRIES:
+            register_fsdp_forward_method(stack, ENTRIES[name])
     for head in objective.heads.values():
         if any(True for _ in head.parameters()):
             fully_shard(head, mesh=mesh)  # in fp32: statistics come after it

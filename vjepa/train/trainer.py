@@ -268,7 +268,7 @@ class Trainer:
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
 
     def _update(self, grad_norm: Tensor) -> None:
-        """Clip where asked, step, move the target."""
+        """Clip where asked, step, move what follows the encoder."""
         if self.config.optim.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters(), self.config.optim.clip_grad, grad_norm)
         self.optimizer.step()
@@ -292,8 +292,7 @@ class Trainer:
         weights = full_state(predictor)
         if not self.world.is_main:
             return None
-        head = predictor.context_head
-        is_trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
+        is_trained = predictor.trains_context_head
         with torch.device("meta"):
             whole = Predictor(replace(predictor.config, context_head=is_trained))
         kept = {name: value for name, value in weights.items() if is_trained or not name.startswith("context_head.")}
@@ -312,6 +311,7 @@ class Trainer:
             "step": self.step,
             "world_size": self.world.size,
             "config_hash": self.config_hash,
+            "exported": self.objective.config.exported,
             "seconds": self.seconds,
             "detour": self.detour,
             "roll_backs": self.roll_backs,

@@ -4,10 +4,10 @@
 set -euo pipefail
 dir=$(cd "$1" && pwd) node=$2
 
-process_tree() {  # children first
+process_tree() {  # parents first: a script whose child is gone would go on to its next line
     local child
-    for child in $(cat "/proc/$1"/task/*/children 2>/dev/null); do process_tree "$child"; done
     echo "$1"
+    for child in $(cat "/proc/$1"/task/*/children 2>/dev/null); do process_tree "$child"; done
 }
 
 environment_has() {  # PID NAME=VALUE
@@ -33,5 +33,9 @@ for folder in /proc/[0-9]*; do
     esac
     if is_of_node "${step[@]}"; then victims+=("${step[@]}"); fi
 done
+kill -STOP "${victims[@]}" 2>/dev/null || true  # all at once, as with the power
 kill -KILL "${victims[@]}" 2>/dev/null || true
+for folder in /proc/[0-9]*; do  # what was started between the look and the kill
+    if is_of_node "${folder#/proc/}"; then kill -KILL "${folder#/proc/}" 2>/dev/null || true; fi
+done
 echo "crashed $node: ${victims[*]}"

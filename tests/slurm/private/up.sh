@@ -191,12 +191,12 @@ PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-# short timers: a dead node is noticed in half a minute (SlurmdTimeout is 300 by default, KillWait 30)
+# short timers: a dead node is noticed in half a minute (SlurmdTimeout is 300 by default)
 SlurmctldTimeout=10
 SlurmdTimeout=10
 MessageTimeout=10
 InactiveLimit=0
-KillWait=15
+KillWait=30
 MinJobAge=600
 ReturnToService=2
 BatchStartTimeout=10
