@@ -19,6 +19,11 @@ NOT_OBJECTIVES = {
     "real_clips",
     "videomix22m",
     "visionmix",
+    # of the stages after the first
+    "continue",
+    "cooldown_256",
+    "ema_cooldown",
+    "vjepa2_weights",
 }  # options over data and masks
 
 
