@@ -86,8 +86,6 @@ class PcaBasis:
     axes: Tensor  # [D, <=3]
     low: Tensor
     high: Tensor  # of each component, black and full colour
-    share: float
-    """Of the variance, that the components show."""
     split: FirstAxis | None = None
     """Where only the foreground is coloured: what tells it apart; the rest is black."""
 
@@ -96,10 +94,10 @@ class PcaBasis:
         """Of features [T, h, w, D], perhaps mapped from a file; memory holds CHUNK_BYTES of them and D x D numbers."""
         split = FirstAxis.fit(features) if foreground else None
         mean, scatter = _scatter(features, split)
-        axes, share = _main_axes(scatter)
+        axes = _main_axes(scatter)[0]
         sample = _sample(features, split)
         bounds = torch.quantile((sample - mean) @ axes, torch.tensor(ROBUST_RANGE, dtype=torch.float64), dim=0)
-        return cls(mean, axes, bounds[0], bounds[1], share, split)
+        return cls(mean, axes, bounds[0], bounds[1], split)
 
     def colours(self, tokens: np.ndarray) -> Tensor:
         """Tokens [T, h, w, D] as colours [T, h, w, 3] in 0..1."""
