@@ -16,7 +16,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from PIL import Image
 
-from data_pipeline.avfile import quarter_turns, video_stream
+from data_pipeline.avfile import SCALER_THREADS, open_video, quarter_turns, video_stream
 from data_pipeline.media import DecodeError
 from data_pipeline.picture import upright_rgb
 from data_pipeline.prepare.find import Input
@@ -152,7 +152,7 @@ class _PieceWriter:
     def _still(self, frame: av.VideoFrame) -> Record:
         key = f"{self.item.key}-still-{sum(record.modality == 'image' for record in self.records):04d}"
         path = self.scratch / f"{key}.jpg"
-        frame.to_image().save(path, quality=_JPEG_QUALITY)
+        frame.to_image(threads=SCALER_THREADS).save(path, quality=_JPEG_QUALITY)
         facts = _image_facts(frame.width, frame.height, "jpeg")
         return Record(key, "jpg", "image", str(path), _meta(self.item, float(self.written / self.rate), **facts))
 
@@ -179,7 +179,7 @@ class _Encoder:
             self.width, self.height = context.width, context.height = frame.width, frame.height
             context.color_range, context.colorspace = frame.color_range, frame.colorspace
         if (frame.width, frame.height) != (self.width, self.height):
-            frame = frame.reformat(width=self.width, height=self.height)
+            frame = frame.reformat(width=self.width, height=self.height, threads=SCALER_THREADS)
         frame.pts, frame.time_base = self.count, 1 / Fraction(context.framerate)
         frame.pict_type = 0  # the source's key frames mean nothing here
         self._container.mux(self._stream.encode(frame))
@@ -195,7 +195,9 @@ def scaled(frame: av.VideoFrame, short_side: int) -> av.VideoFrame:
     turns = quarter_turns(frame.rotation)
     factor = min(1.0, short_side / min(frame.width, frame.height))
     width, height = (max(2, round(side * factor / 2) * 2) for side in (frame.width, frame.height))
-    small = frame.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC")
+    small = frame.reformat(
+        width=width, height=height, format="yuv420p", interpolation="BICUBIC", threads=SCALER_THREADS
+    )
     if turns == 0:
         return small
     planes = np.split(small.to_ndarray().ravel(), [width * height, width * height * 5 // 4])
@@ -235,7 +237,7 @@ def _copied(item: Input, options: IngestOptions, scratch: Path, timeline: Timeli
 
 def _open(path: Path) -> InputContainer:
     try:
-        return av.open(str(path), mode="r", metadata_errors="replace")
+        return open_video(str(path))
     except (FFmpegError, ValueError, EOFError) as error:  # UnicodeDecodeError is a ValueError
         raise DecodeError(f"cannot be opened as a video ({type(error).__name__})") from error
 
