@@ -6,7 +6,7 @@ number of block calls the same on every rank.
 
 Backends: `sdpa` (torch, everywhere), `xformers` (CUDA, imported lazily), `varlen` (torch's own attention over packed
 sequences: CUDA, bf16 or fp16) and `matmul` (plain products, for bf16 on a CPU). `auto` takes xformers on CUDA where it
-imports, otherwise SDPA.
+works, otherwise SDPA.
 
 Block-causal attention lets a token see the tokens of its own and of earlier time steps. Which tokens a sequence holds
 differs from clip to clip, so it is a bias on the scores, which only SDPA takes.
@@ -124,14 +124,25 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Ten
     return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
-def _xformers_available() -> bool:
+def xformers_fault() -> str | None:
+    """Why xformers cannot compute on this machine's GPU, in a line; None where it can.
+
+    That it imports says nothing: a wheel made for another CUDA than torch's imports with a warning and has no kernels.
+    So two short sequences are computed, in bf16 and in fp32. Asked once; a compiler takes the answer for a constant.
+    """
     try:
-        importlib.import_module("xformers.ops.fmha")
-    except ImportError as error:
-        log.info("attention: xformers does not import (%s); using torch's SDPA", error)
-        return False
-    return True
+        fmha = importlib.import_module("xformers.ops.fmha")
+        bias = fmha.BlockDiagonalMask.from_seqlens([8, 8], device=torch.device("cuda"))
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.zeros(1, 16, 1, 64, dtype=dtype, device="cuda")
+            fmha.memory_efficient_attention(x, x, x, attn_bias=bias)
+    except (ImportError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
+        fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        log.warning("attention: xformers does not work here, auto takes torch's SDPA (%s)", fault)
+        return fault
+    return None
 
 
 def cumulative_lengths(layout: Sequence[Segments], device: torch.device) -> Tensor:
@@ -182,7 +193,7 @@ def _varlen_attn() -> Any:
 def resolve_backend(name: BackendName, device: torch.device) -> AttentionBackend:
     """The backend called `name` for tensors on `device`; a backend that cannot run there is a ValueError."""
     if name == "auto":
-        return xformers if device.type == "cuda" and _xformers_available() else sdpa
+        return xformers if device.type == "cuda" and xformers_fault() is None else sdpa
     if name == "sdpa":
         return sdpa
     if name == "matmul":
@@ -190,6 +201,11 @@ def resolve_backend(name: BackendName, device: torch.device) -> AttentionBackend
     if name == "xformers":
         if device.type != "cuda":
             raise ValueError(f"attention=xformers needs a CUDA device, the tokens are on {device}: use sdpa or auto")
+        if fault := xformers_fault():
+            raise ValueError(
+                f"attention=xformers does not work here ({fault}); the wheel must be for torch {torch.__version__}, "
+                f"CUDA {torch.version.cuda}, see `python -m xformers.info`: install that one, or use varlen or auto"
+            )
         return xformers
     if name == "varlen":
         if device.type != "cuda":
