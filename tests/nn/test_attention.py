@@ -108,6 +108,14 @@ def test_an_xformers_without_kernels_is_not_taken_and_says_why(
         xformers_fault.cache_clear()
 
 
+def test_under_a_compiler_auto_takes_what_it_can_see_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    cuda = torch.device("cuda", 0)
+    assert resolve_backend("auto", cuda, torch.bfloat16) is varlen
+    assert resolve_backend("auto", cuda, torch.float32) is sdpa
+    assert resolve_backend("auto", torch.device("cpu"), torch.bfloat16) is sdpa
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers attention needs a CUDA device")
 def test_xformers_equals_sdpa_on_cuda() -> None:
     pytest.importorskip("xformers.ops.fmha", reason="xformers is not installed")
