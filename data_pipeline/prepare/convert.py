@@ -26,7 +26,6 @@ from data_pipeline.prepare.timeline import Frames, Timeline, grid_length, on_gri
 _COPY_CODECS = {"h264", "hevc", "vp8", "vp9", "av1"}
 _COPY_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm"}  # AVI seeks one frame off: always written again
 _KEEP_IMAGES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-_JPEG_QUALITY = 92
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -152,7 +151,7 @@ class _PieceWriter:
     def _still(self, frame: av.VideoFrame) -> Record:
         key = f"{self.item.key}-still-{sum(record.modality == 'image' for record in self.records):04d}"
         path = self.scratch / f"{key}.jpg"
-        frame.to_image(threads=SCALER_THREADS).save(path, quality=_JPEG_QUALITY)
+        frame.to_image(threads=SCALER_THREADS).save(path, quality=self.options.jpeg_quality)
         facts = _image_facts(frame.width, frame.height, "jpeg")
         return Record(key, "jpg", "image", str(path), _meta(self.item, float(self.written / self.rate), **facts))
 
@@ -259,7 +258,7 @@ def _image(item: Input, options: IngestOptions, scratch: Path) -> Outcome:
         width, height = (max(1, round(side * min(1.0, factor))) for side in upright.size)
         upright = upright.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
         buffer = io.BytesIO()
-        upright.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+        upright.save(buffer, "JPEG", quality=options.jpeg_quality)
         data, ext, codec = buffer.getvalue(), "jpg", "jpeg"
     else:
         codec = str(picture.format).lower()
