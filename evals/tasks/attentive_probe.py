@@ -7,8 +7,9 @@ too with `augmented=false`) have their tokens cached where `cache.folder` is set
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -127,15 +128,19 @@ class CachedClips:
 
     data: FileClips
     features: Features
+    contents: dict[Path, str] = field(default_factory=dict, repr=False)
+    """Digests of files: each is read for its own once, not in every epoch."""
 
     def tokens(self, sample: int, *, middle: bool = False) -> Tensor:
         """[V, S * N, D], or of the middle view alone [1, S * N, D]."""
         protocol = self.data.reader.protocol
-        item = _Decoded(self.data, sample)
+        path, item = self.data.index.paths[sample], _Decoded(self.data, sample)
+        if path not in self.contents:
+            self.contents[path] = content_digest(path)
         views = [protocol.views // 2] if middle else range(protocol.views)
         about = f"{replace(protocol, augment=type(protocol.augment)())}"  # nothing is augmented
         requests = [
-            Request(item.content, f"{about} view {view} segment {segment}", item.reader(view, segment))
+            Request(self.contents[path], f"{about} view {view} segment {segment}", item.reader(view, segment))
             for view in views
             for segment in range(protocol.segments)
         ]
@@ -152,10 +157,6 @@ class _Decoded:
 
     data: FileClips
     sample: int
-
-    @property
-    def content(self) -> str:
-        return content_digest(self.data.index.paths[self.sample])
 
     @cached_property
     def clips(self) -> Tensor:
@@ -174,6 +175,7 @@ class Tokens:
     features: Features | None = None
     """A cache; None: everything is computed when it is wanted."""
     world: World = ALONE
+    _contents: dict[Path, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, task: ProbeTask, config: ProbeConfig, world: World = ALONE) -> Tokens:
@@ -196,7 +198,7 @@ class Tokens:
     def _cached_training(self, draws: Draws) -> Any:
         assert self.features is not None
         data = replace(cast(FileClips, self.task.dataset("train")), is_train=False)
-        clips = CachedClips(data, self.features)
+        clips = CachedClips(data, self.features, self._contents)
 
         def at(step: int) -> tuple[Tensor, Tensor]:
             samples = [draws.sample(ordinal) for ordinal in draws.ordinals(step, self.world)]
@@ -213,7 +215,7 @@ class Tokens:
             for batch in DataLoader(Subset(data, mine), batch_size=size, num_workers=self.config.workers):
                 yield self.task.tokens(batch), batch["labels"]
             return
-        clips = CachedClips(cast(FileClips, data), self.features)
+        clips = CachedClips(cast(FileClips, data), self.features, self._contents)
         for first in range(0, len(mine), size):
             samples = mine[first : first + size]
             labels = default_collate([clips.labels(sample) for sample in samples])
@@ -289,7 +291,7 @@ def run(
         seed=config.seed,
         world=world,
         state=state,
-        about=f"{config.data} {about}",
+        about=_about(config, about) if state else "",
         on_step=validate,
     )
     values = score(found, "validation")
@@ -307,6 +309,12 @@ def _check_parts(task: ProbeTask, config: ProbeConfig) -> None:
             f"{config.data.name}: the part {empty[0]} is empty; data.held_out={config.data.held_out} of the training "
             "files are held out by a hash of their names, on them the best head is chosen"
         )
+
+
+def _about(config: ProbeConfig, features: str) -> str:
+    """What a state is of, beside its heads: clips, levels and all other settings, the files, the features."""
+    files = hashlib.sha256(describe_data(config).encode()).hexdigest()
+    return f"settings {config.numbers()}, files {files[:16]}, features {features}"
 
 
 def _state_name(config: ProbeConfig, source: FeatureSource | AnticipationFeatures) -> str:

@@ -1,6 +1,7 @@
 """The engine trains attentive probes from files: motion is learnt, held-out data choose the head, caches agree."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 import vjepa
 from evals.dense_features import LevelFeatures
 from evals.features import EncoderFeatures
-from evals.grid import Draws
+from evals.grid import Draws, GridStateError
 from evals.probe_config import ProbeConfig, load_probe
+from evals.tasks import attentive_probe
 from evals.tasks.attentive_probe import Tokens, build_task, evaluate, num_steps, run, scores_of
 from tests.evals.rendered import write_video
 from tests.evals.test_anticipation import features, make_epic
@@ -93,6 +95,35 @@ def test_the_best_epoch_is_known_also_by_a_fit_that_goes_on(videos: Path, tmp_pa
     again = run(untrained(), kept)  # of the stored end: nothing is trained, the earlier epochs are known
     assert (again.grid.notes, again.best_of_epochs) == (result.grid.notes, result.best_of_epochs)
     assert once.best_of_epochs == once.choice.max_over_heads
+
+
+def test_a_state_goes_on_with_the_settings_and_files_it_is_of_alone(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other clips, levels or files ask for other heads, which have the same shapes."""
+    short = ["grid.lr=[1e-3]", "grid.weight_decay=[.1]", "schedule.epochs=1", "schedule.batch_size=16"]
+    fit = partial(config_of, videos, *short, f"state={tmp_path / 'state'}")
+    run(untrained(), fit(), about="weights")
+    for changed in ("clips.size=48", "clips.frames=4", "augmented=true", "head.eps=1e-6"):
+        with pytest.raises(GridStateError, match="belongs to another fit: data and features was settings"):
+            run(untrained(), fit(changed), about="weights")
+    with pytest.raises(GridStateError, match=r"features weights, now .* features others"):
+        run(untrained(), fit(), about="others")
+    monkeypatch.setattr(attentive_probe, "describe_data", lambda config: "other files")
+    with pytest.raises(GridStateError, match="belongs to another fit"):
+        run(untrained(), fit(), about="weights")
+
+
+def test_a_cached_file_is_read_for_its_digest_once(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    digest = attentive_probe.content_digest
+    monkeypatch.setattr(attentive_probe, "content_digest", lambda path: (read.append(path), digest(path))[1])
+    several = ["clips.segments=2", "schedule.epochs=3", "schedule.batch_size=48", f"cache.folder={tmp_path}"]
+    run(untrained(), config_of(videos, "grid.lr=[1e-3]", "grid.weight_decay=[.1]", "schedule.val_every=1", *several))
+    assert read
+    assert len(read) == len(set(read))
 
 
 def test_training_clips_are_augmented_by_their_turn(videos: Path) -> None:
