@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evals.cache import module_identity
+from evals.protocol import DoesNotFit
 from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD, Grid
 
 PREPROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
@@ -158,13 +159,14 @@ class TransformersFeatures:
         frames, height, width = clips.shape[2:]
         crop = getattr(self.config, "crop_size", None)
         if crop is not None and (height, width) != (crop, crop):
-            raise ValueError(
-                f"{self.name} derives its rows and columns from config.crop_size={crop}, whatever the clip: give "
-                f"clips.size={crop} (is {height}x{width}), or load the model with crop_size of your clips"
+            raise DoesNotFit(
+                f"{self.name} derives its rows and columns from config.crop_size={crop}, whatever the clip: it takes "
+                f"{crop}x{crop} alone (clips.size={crop}), not {height}x{width}. V-JEPA 2 takes any size as "
+                "--model FOLDER, without hf:"
             )
         fixed = getattr(self.config, "num_frames", None)
         if self.is_video and fixed is not None and frames != fixed:
-            raise ValueError(f"{self.name} takes clips of {fixed} frames: set clips.frames={fixed} (is {frames})")
+            raise DoesNotFit(f"{self.name} takes clips of {fixed} frames: set clips.frames={fixed} (is {frames})")
 
 
 def _square(name: str, size: Sequence[int]) -> int:

@@ -18,12 +18,13 @@ from torch import Tensor
 from evals.adapters import TransformersFeatures, load_transformers
 from evals.anticipation import AnticipationFeatures
 from evals.cache import encoder_identity, module_identity
+from evals.clip_protocol import ClipProtocol
 from evals.dense_config import DenseConfig
 from evals.dense_features import LevelFeatures, RgbPosition
 from evals.features import EncoderFeatures, FeatureSource, PixelFeatures
 from evals.labelled_suite import read_pretraining
 from evals.probe_config import ProbeConfig
-from evals.protocol import RGB, TRAINED, UNTRAINED
+from evals.protocol import RGB, TRAINED, UNTRAINED, DoesNotFit, Unsuited
 from evals.references import RgbPatches
 from vjepa.hub import from_pretrained, import_official, predictor_from_pretrained
 from vjepa.nn.encoder import Encoder
@@ -32,10 +33,6 @@ from vjepa.nn.predictor import Predictor
 from vjepa.registry import create_encoder, create_model, create_predictor, list_models
 
 HUGGING_FACE = "hf"
-
-
-class Unsuited(ValueError):
-    """An evaluation makes no sense for a model; the message says why."""
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of model
@@ -142,14 +139,14 @@ class PixelModel:
         return f"pixels {self.patch_size} {self.tubelet_size}"
 
     def dense(self, config: DenseConfig) -> FeatureSource:
-        source = RgbPosition(self.patch_size)
+        source = RgbPosition(self.patch_size, name=self.name)
         needs_padding = config.head.kind == "attentive" and config.head.width is None
-        return Padded(source, config.head.num_heads) if needs_padding else source
+        return Padded(source, config.head.num_heads, self.name) if needs_padding else source
 
     def clips(self, config: ProbeConfig) -> FeatureSource:
         if config.is_anticipation:
             raise Unsuited("ek100 reads what a predictor expects, and pixels have none")
-        return Padded(PixelFeatures(self.patch_size, self.tubelet_size), config.head.num_heads)
+        return Padded(PixelFeatures(self.patch_size, self.tubelet_size), config.head.num_heads, self.name)
 
     def frames(self) -> FeatureSource:
         return RgbPatches(self.patch_size)
@@ -168,14 +165,34 @@ class Padded:
 
     source: FeatureSource
     multiple: int
-
-    @property
-    def name(self) -> str:
-        return self.source.name
+    name: str
 
     def tokens(self, clips: Tensor) -> Tensor:
         tokens = self.source.tokens(clips)
         return F.pad(tokens, (0, -tokens.shape[-1] % self.multiple))
+
+
+# ------------------------------------------------------------------------------------------------------ do they fit?
+
+
+def show(source: FeatureSource, frames: int, height: int, width: int) -> None:
+    """Give a source one black clip of this size, as a try. Raises what it raises at sizes that it does not take."""
+    source.tokens(torch.zeros(1, 3, frames, height, width, dtype=torch.uint8))
+
+
+def rehearse_clips(source: FeatureSource | AnticipationFeatures, clips: ClipProtocol, model: Model) -> None:
+    """Show a source of `model` a black clip of the recipe. Raises DoesNotFit that says which keys to set."""
+    frames, size = clips.frames, clips.size
+    if size % model.patch_size or (frames > 1 and frames % model.tubelet_size):
+        raise DoesNotFit(
+            f"clips.frames={frames} and clips.size={size} must be multiples of the tubelet of {model.tubelet_size} "
+            f"frames and of the patch of {model.patch_size} pixels: {round(size / 16) * model.patch_size} has as many "
+            "patches as this size has patches of 16"
+        )
+    if isinstance(source, AnticipationFeatures):
+        source.tokens(torch.zeros(1, 3, frames, size, size, dtype=torch.uint8), torch.ones(1))
+    else:
+        show(source, frames, size, size)
 
 
 # ------------------------------------------------------------------------------------------------------------- by name

@@ -18,25 +18,25 @@ from omegaconf import MISSING, OmegaConf
 from PIL import Image
 
 from evals.dense_config import RECIPES, DenseConfig, load_depth, load_segmentation
-from evals.dense_fit import DenseResult
+from evals.dense_fit import DenseResult, Plan
 from evals.dense_pictures import depth_picture, segmentation_picture
 from evals.dense_sets import DenseSet
 from evals.floors import DEPTH_FLOORS, SEGMENTATION_FLOORS, TRACKING_FLOORS, DenseFloor, Floor
 from evals.labelled_files import DataMissing
 from evals.labelled_suite import read_splits, score_source
-from evals.models import Model, PixelModel
+from evals.models import Model, PixelModel, rehearse_clips, show
 from evals.overlays import tracking_picture
 from evals.pooled import Pooled
 from evals.pooled_config import list_pooled
 from evals.probe_config import ProbeConfig, list_recipes, load_probe
-from evals.propagation import PRESETS, PropagationConfig
-from evals.protocol import RGB, EvalConfig, Score
+from evals.propagation import PRESETS, PropagationConfig, input_size
+from evals.protocol import RGB, DoesNotFit, EvalConfig, Score
 from evals.references import RGB_PATCHES
 from evals.results import PICTURES
 from evals.suites import SUITES
 from evals.tasks import attentive_probe, linear_depth, linear_segmentation
 from evals.tasks.tracking import Tracker, dataset_means, track, tracking_scores
-from evals.videos import AnnotatedVideo, DatasetError, DatasetName, open_dataset, seen_categories
+from evals.videos import AnnotatedVideo, DatasetError, DatasetName, open_dataset, read_frame, seen_categories
 from vjepa.config import ConfigError, config_hash, merge, resolve
 from vjepa.train.distributed import World
 
@@ -96,6 +96,10 @@ class Evaluation(Protocol):
         """The model's name in the rows."""
         ...
 
+    def rehearse(self, model: Model) -> None:
+        """Show the model something black of the recipe's size. Raises Unsuited as `measure` would, on all ranks."""
+        ...
+
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
         """All scores of a model, the headline first, the same on all ranks, which call this together.
 
@@ -150,6 +154,19 @@ class Dense:
 
     def column(self, model: Entrant) -> str:
         return model.name
+
+    def rehearse(self, model: Model) -> None:
+        source, view, augment = model.dense(self.config), self.config.view.crop, self.config.augment.crop
+        for key, size in (("view.crop", view), ("augment.crop", augment)):
+            if size is not None and any(side % model.patch_size for side in size):
+                same = [round(side / 16) * model.patch_size for side in size]
+                raise DoesNotFit(
+                    f"{key}={list(size)} must be multiples of the patch size {model.patch_size}: {same} has as many "
+                    "patches as that of patches of 16"
+                )
+        whole = Plan.of(self.splits[1].items[0].truth().shape, self.config.view, model.patch_size).windows[0]
+        for height, width in (augment or whole[2:], whole[2:]):
+            show(source, 1, height, width)
 
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
         if isinstance(model, Floor):
@@ -225,6 +242,12 @@ class Tracking:
         """Pixels go without their position here, and are called so."""
         return model.name.replace(RGB, RGB_PATCHES, 1) if isinstance(model, PixelModel) else model.name
 
+    def rehearse(self, model: Model) -> None:
+        video = self.videos[0]
+        size = read_frame(next(iter(video.frames.values()))).shape[-2:]
+        height, width = input_size((size[0], size[1]), self.config.propagation.short_side, model.patch_size)
+        show(model.frames(), 1, height, width)
+
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
         data, source = self.config.data, None if isinstance(model, Floor) else model.frames()
         tracker = Tracker(self.column(model), source, model.patch_size)
@@ -259,6 +282,9 @@ class Attentive:
 
     def column(self, model: Entrant) -> str:
         return model.name
+
+    def rehearse(self, model: Model) -> None:
+        rehearse_clips(model.clips(self.config), self.config.clips, model)
 
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
         assert not isinstance(model, Floor)  # there is none
@@ -307,6 +333,9 @@ class Labelled:
 
     def column(self, model: Entrant) -> str:
         return model.name
+
+    def rehearse(self, model: Model) -> None:
+        """Its clips are small: nothing is lost where they do not fit."""
 
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
         assert not isinstance(model, Floor)  # there is none

@@ -259,6 +259,36 @@ def test_a_measurement_that_fails_says_of_what(tmp_path: Path, sets: Path) -> No
         compare(asked, [PixelModel(16, 2)], tmp_path, stage="frozen")
 
 
+def test_what_fits_no_model_is_refused_before_anything_is_measured(tmp_path: Path, sets: Path) -> None:
+    write_rgbd(tmp_path / "rgbd", 4)
+    asked = find("camvid,rgbd", [f"data.root={sets}", f"rgbd.data.root={tmp_path / 'rgbd'}", *SHORT[:5],
+                                 "rgbd.augment.crop=[40,48]", "rgbd.data.test_split='0:'"])  # fmt: skip
+    with pytest.raises(ValueError, match=r"rgbd, rgb: augment.crop=\[40, 48\] .*patch size 16: \[32, 48\] has as many"):
+        compare(asked, [PixelModel(16, 2)], tmp_path / "out", stage="frozen")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_take_pictures_of_a_set_is_left_out(tmp_path: Path, sets: Path) -> None:
+    """V-JEPA 2 of transformers has one size, another model has patches that do not fit: the rest is measured."""
+    theirs, dino = save(tmp_path / "theirs", tiny_vjepa2()), save(tmp_path / "dino", tiny_dinov2())
+    models = load_models([f"v2=hf:{theirs}", f"dino=hf:{dino}", f"ours={theirs}"])
+    found = compare(find("camvid", [f"data.root={sets}", *SHORT[:5]]), models, tmp_path / "out", stage="frozen")
+    left_out = {line.partition(":")[0].removeprefix("camvid, ") for line in found.unsuited}
+    assert left_out == {"v2", "untrained_v2", "dino", "untrained_dino", "rgb_14"}
+    assert "it takes 16x16 alone" in found.unsuited[0]
+    assert {row.model for row in found.rows} == {"ours", "untrained_ours", "rgb", "location_prior"}
+
+
+def test_every_model_has_a_state_of_its_own(tmp_path: Path, sets: Path) -> None:
+    models = [PixelModel(16, 2), PixelModel(8, 2, "rgb_8")]
+    asked = find("camvid", [f"data.root={sets}", *SHORT[:5], f"fit.state={tmp_path / 'state'}"])
+    compare(asked, models, tmp_path / "out", stage="frozen")
+    assert {path.stem for path in (tmp_path / "state").iterdir()} == {
+        "linear_segmentation_camvid_rgb",
+        "linear_segmentation_camvid_rgb_8",
+    }
+
+
 def test_a_probe_and_its_rivals_are_trained_by_the_same_command(tmp_path: Path) -> None:
     model = hub.save_pretrained(vjepa.create_model("vit_debug", patch_size=8, seed=5), tmp_path / "model")
     render(tmp_path / "sets" / "ssv2", train=4, validation=1)
