@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from evals.grid.draws import derived_seed
 from evals.grid.noise import ChannelDropout, Place
 from evals.grid.settings import AdamW, LearningRates, Optim, Schedule, Setting
 from evals.grid.state import FORMAT_VERSION, GridStateError, StateFile, read_state, write_state
+from evals.pace import Pace
 from vjepa.train.distributed import ALONE, World
 
 Batches = Callable[[int], tuple[Any, Any]]
@@ -100,6 +102,13 @@ class HeadGrid:
         for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
+    def describe_losses(self) -> str:
+        """The smallest loss of this rank's last batch, and how many heads have none any more."""
+        losses = self.losses.tolist()
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        diverged = f", {len(losses) - len(finite)} of {len(losses)} heads diverged" if len(finite) < len(losses) else ""
+        return f"least loss {min(finite, default=math.nan):.4g}{diverged}"
+
     def _devices(self) -> list[int]:
         """CUDA devices whose generators a step may touch."""
         device = self.world.device
@@ -181,9 +190,10 @@ def fit_grid(
     )
     if state is not None and world.on_main(state.path.is_file):
         read_state(found, state.path, world.device)
-    end = steps if until is None else min(until, steps)
+    end, pace = steps if until is None else min(until, steps), Pace("step", steps, done=found.step)
     while found.step < end:
         found.train_step(*batches(found.step), loss)
+        pace.at(found.step, found.describe_losses)
         if on_step is not None:
             on_step(found)
         if state is not None and (found.step % state.every == 0 or found.step == end):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import vjepa
+from evals import pace
 from evals.cache import encoder_identity
 from evals.comparison import compare, rows_by_digest
 from evals.models import EncoderModel, ForeignModel, PixelModel, load_models
@@ -251,6 +253,46 @@ def test_anticipation_is_for_models_with_a_predictor(tmp_path: Path) -> None:
         (f"attentive_ek100{end}", "with") for end in ("", "_verb_recall@5", "_noun_recall@5")
     }
     assert [each.partition(":")[0] for each in found.unsuited] == ["ek100, without", "ek100, rgb"]
+
+
+def test_long_loops_say_how_far_they_are(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "SECONDS", 0.0)
+    command = ["--model", str(model), "--suite", "camvid", "--out", str(tmp_path), f"data.root={sets}", *SHORT[:5]]
+    assert main([*command, "fit.lrs=[5.0e-3,1.0e+30]"]) == 0
+    said = capsys.readouterr().err
+    line = r"\n  step 10 of 20, [\d.]+ a second, 0:00:00 left, least loss [\d.]+, 1 of 2 heads diverged\n"
+    assert len(re.findall(line, said)) == 3, "a line for each of the models"
+    assert "\n  scored batch 2, " in said
+    assert main(command) == 0
+    assert len(re.findall("\n  step 10 of 20", capsys.readouterr().err)) == 3, "nothing is shown twice"
+
+
+def test_what_cannot_be_kept_is_said_before_it_is_measured(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(arguments(sets, model, tmp_path / "file" / "out")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno 20] Not a directory: ")
+    assert said.count("\n") == 1
+
+
+def test_the_device_is_checked_and_used_by_both_forms(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, reason in (("cuda", "torch sees no CUDA device: use --device cpu"), ("gpu", "write cpu, cuda")):
+        assert main([*arguments(sets, model, tmp_path), "--device", name]) == 2
+        assert f"error: --device {name}: {reason}" in capsys.readouterr().err
+
+    def load(path: Path, *, device: str) -> None:
+        raise ValueError(f"{path.name} on {device}")
+
+    monkeypatch.setattr("evals.run.from_pretrained", load)
+    assert main(["--model", str(model), "--suite", "motion", "--data", str(tmp_path), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "error: primary on cpu\n"
 
 
 def test_a_measurement_that_fails_says_of_what(tmp_path: Path, sets: Path) -> None:
