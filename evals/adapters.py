@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evals.cache import module_identity
+from evals.features import bf16_on_gpus
 from evals.protocol import DoesNotFit
 from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD, Grid
 
@@ -97,11 +98,14 @@ class TransformersFeatures:
     model: nn.Module
     normalisation: Normalisation = Normalisation()
     max_images: int = 64  # frames in a pass of an image model
+    bf16: bool = False  # compute under bf16 autocast, on CUDA only
 
     @cached_property
     def identity(self) -> str:
         """What its features depend on, see `evals.cache.source_identity`."""
-        return module_identity(self.model, [type(self.model).__name__, self.config.to_dict(), str(self.normalisation)])
+        about = [type(self.model).__name__, self.config.to_dict(), str(self.normalisation)]
+        is_bf16 = self.bf16 and next(self.model.parameters()).device.type == "cuda"
+        return module_identity(self.model, [*about, "bf16"] if is_bf16 else about)
 
     @property
     def config(self) -> Any:
@@ -144,7 +148,7 @@ class TransformersFeatures:
         accepted = inspect.signature(self.model.forward).parameters
         options = {"skip_predictor": True, "interpolate_pos_encoding": True}
         chosen = {key: value for key, value in options.items() if key in accepted}
-        with torch.autocast(pixels.device.type, enabled=False):
+        with bf16_on_gpus(pixels.device, enabled=self.bf16):
             hidden = self.model(pixels.to(next(self.model.parameters()).dtype), **chosen).last_hidden_state
         wanted = grid[0] * grid[1] * grid[2]
         if hidden.ndim != 3 or hidden.shape[1] < wanted:

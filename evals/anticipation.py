@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evals.features import bf16_on_gpus
 from vjepa.batch import Grid, normalise
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.predictor import Predictor
@@ -93,6 +94,7 @@ class AnticipationFeatures:
     encoder: Encoder
     predictor: Predictor
     fps: float  # frames of the clip a second
+    bf16: bool = False  # compute under bf16 autocast, on CUDA only
 
     def __post_init__(self) -> None:
         wanted, width = self.predictor.config, self.encoder.embed_dim
@@ -117,7 +119,7 @@ class AnticipationFeatures:
         device = next(self.encoder.parameters()).device
         self.encoder.eval()
         self.predictor.eval()
-        with torch.autocast(device.type, enabled=False):
+        with bf16_on_gpus(device, enabled=self.bf16):
             return self._tokens(normalise(clips.to(device)), seconds).float().cpu()
 
     def _tokens(self, clips: Tensor, seconds: Tensor) -> Tensor:

@@ -159,6 +159,7 @@ class DenseConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     levels: list[int] | None = None  # blocks of the encoder, from 1; null: the last
     tokenizer: Literal["image", "video"] = "image"
+    encoder_bf16: bool = False  # the frozen encoder under bf16 autocast, on CUDA only; DINOv3's protocol is fp32
     label_stride: int = 1  # every so many pixels of a truth are learnt from; scores always see all
 
     def __post_init__(self) -> None:

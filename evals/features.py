@@ -22,6 +22,11 @@ from vjepa.nn.encoder import Encoder
 POSITION_BANDS = 4  # sine and cosine of 1, 2, 4 and 8 half turns along each axis
 
 
+def bf16_on_gpus(device: torch.device, *, enabled: bool = True) -> torch.autocast:
+    """bf16 autocast on CUDA where it is enabled; otherwise fp32, whatever surrounds."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and device.type == "cuda")
+
+
 class FeatureSource(Protocol):
     """Whatever gives every clip a grid of tokens."""
 

@@ -62,16 +62,18 @@ class EncoderModel:
 
     def dense(self, config: DenseConfig) -> FeatureSource:
         """Tokens of single images."""
-        return LevelFeatures(self.name, self.encoder, config.level_indices, config.tokenizer)
+        levels, tokenizer = config.level_indices, config.tokenizer
+        return LevelFeatures(self.name, self.encoder, levels, tokenizer, bf16=config.encoder_bf16)
 
     def clips(self, config: ProbeConfig) -> FeatureSource | AnticipationFeatures:
         """Tokens that attentive probes read."""
         if not config.is_anticipation:
-            return LevelFeatures(self.name, self.encoder, config.blocks(self.encoder), join="tokens")
+            blocks = config.blocks(self.encoder)
+            return LevelFeatures(self.name, self.encoder, blocks, join="tokens", bf16=config.encoder_bf16)
         if self.predictor is None:
             raise Unsuited("ek100 reads what the predictor expects, and beside this encoder lies none")
         assert config.clips.fps is not None  # ProbeConfig sees to it
-        return AnticipationFeatures(self.name, self.encoder, self.predictor, config.clips.fps)
+        return AnticipationFeatures(self.name, self.encoder, self.predictor, config.clips.fps, bf16=config.encoder_bf16)
 
     def frames(self) -> FeatureSource:
         """Tokens of single frames, for masks that are carried along."""
@@ -107,7 +109,7 @@ class ForeignModel:
             raise Unsuited(
                 f"levels={config.levels} are blocks of our encoders; of transformers' the last state is read"
             )
-        return self.source
+        return replace(self.source, bf16=config.encoder_bf16)
 
     def clips(self, config: ProbeConfig) -> FeatureSource:
         if config.is_anticipation:
@@ -116,7 +118,7 @@ class ForeignModel:
             raise Unsuited(
                 f"levels={config.levels} are blocks of our encoders; of transformers' the last state is read"
             )
-        return self.source
+        return replace(self.source, bf16=config.encoder_bf16)
 
     def frames(self) -> FeatureSource:
         return self.source

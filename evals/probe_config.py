@@ -99,6 +99,7 @@ class ProbeConfig:
     source: str = ""  # where the figures are from
     data: ProbeData = MISSING
     clips: ClipProtocol = field(default_factory=ClipProtocol)
+    encoder_bf16: bool = True  # the frozen encoder under bf16 autocast, on CUDA only; the papers: fp16, EK100 bf16
     levels: list[int] = field(default_factory=lambda: [-1])  # blocks read, from 1, -1: the last, []: all with a norm
     head: AttentiveConfig = field(default_factory=AttentiveConfig)
     grid: GridConfig = field(default_factory=GridConfig)

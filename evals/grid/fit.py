@@ -84,8 +84,7 @@ class HeadGrid:
                 part.place = place
         head.train()
         head.zero_grad(set_to_none=True)
-        with autocast(self.world.device):
-            value = loss(head(features), labels, step=self.step)
+        value = loss(head(features), labels, step=self.step)
         value.backward()
         return value.detach()
 
@@ -173,8 +172,8 @@ def fit_grid(
     """Train a head for each setting with the same batches, from the same first weights, up to step `until` (the end).
 
     `make_head` is called with torch's generator at `seed`. With `state`, a fit goes on from the stored one, bit for bit
-    as if it had not been stopped; `about` says which data and features it is of. On CUDA heads run under bf16 autocast,
-    their weights stay fp32.
+    as if it had not been stopped; `about` says which data and features it is of. Numbers are fp32, but for what a head
+    does in bf16 itself: attention on CUDA.
 
     Raises GridStateError for a state of another fit.
     """
@@ -199,11 +198,6 @@ def fit_grid(
         if state is not None and (found.step % state.every == 0 or found.step == end):
             world.on_main(lambda: write_state(found, state.path))
     return found
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA; elsewhere numbers stay as they are."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def on_device(value: Any, device: torch.device) -> Any:

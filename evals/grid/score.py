@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from evals.grid.fit import autocast, on_device
+from evals.grid.fit import on_device
 from evals.pace import Pace
 from vjepa.train.distributed import ALONE, World
 
@@ -50,8 +50,7 @@ def score_heads(
         pace.at(number)
         features, labels = (on_device(value, world.device) for value in (features, labels))
         for head, meter in zip(heads, meters, strict=True):
-            with autocast(world.device):
-                outputs = head(features) if predict is None else predict(head, features)
+            outputs = head(features) if predict is None else predict(head, features)
             meter.update(outputs, labels)
     for meter in meters:
         meter.reduce(world)
