@@ -120,7 +120,8 @@ class ProbeConfig:
                 "ek100 takes one clip by its rate, in one view: set clips.fps, clips.frame_step=null, clips.segments=1 "
                 f"and clips.views=1, not {self.clips}"
             )
-
+        if self.is_anticipation and (self.data.train_files or self.data.validation_files):
+            raise ValueError("ek100 reads its own tables: leave data.train_files and data.validation_files out")
         if min(self.workers, self.score_batch - 1) < 0:
             raise ValueError(f"workers={self.workers} must not be negative, score_batch={self.score_batch} at least 1")
         if self.cache.folder is not None and (self.is_anticipation or self.clips.validation_offset == "random"):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from evals.anticipation import AnticipationFeatures
 from evals.cache import Features, Request, open_features
-from evals.epic_kitchens import read_actions
+from evals.epic_kitchens import actions_on_disk
 from evals.features import FeatureSource
 from evals.grid import MAX_OVER_HEADS, Choice, Draws, HeadGrid, StateFile, choose, fit_grid, score_heads
 from evals.labelled_files import Split, read_index
@@ -60,7 +60,7 @@ def describe_data(config: ProbeConfig) -> str:
     """A text of which files the recipe's set holds; DataMissing where they are not there."""
     data = config.data
     if config.is_anticipation:
-        found = [repr(read_actions(data.root, split)) for split in SPLITS]
+        found = [repr(actions_on_disk(data.root, split, skip_missing=data.skip_missing)) for split in SPLITS]
     else:
         files = {"train": data.train_files, "validation": data.validation_files}
         indices = [read_index(data.name, data.root, s, files=files[s], skip_missing=data.skip_missing) for s in SPLITS]
