@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.features import bf16_on_gpus
+from evals.features import bf16_on_gpus, finite
 from vjepa.batch import Grid, normalise
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.predictor import Predictor
@@ -120,7 +120,7 @@ class AnticipationFeatures:
         self.encoder.eval()
         self.predictor.eval()
         with bf16_on_gpus(device, enabled=self.bf16):
-            return self._tokens(normalise(clips.to(device)), seconds).float().cpu()
+            return finite(self._tokens(normalise(clips.to(device)), seconds).float().cpu(), self.name)
 
     def _tokens(self, clips: Tensor, seconds: Tensor) -> Tensor:
         grid, width = self.encoder.grid(clips), self.encoder.embed_dim

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evals.cache import encoder_identity
-from evals.features import bf16_on_gpus, position_features
+from evals.features import bf16_on_gpus, finite, position_features
 from evals.protocol import RGB
 from evals.references import RgbPatches
 from vjepa.batch import normalise
@@ -71,7 +71,7 @@ class LevelFeatures:
             self.encoder.train(was_training)
         grid = self.encoder.grid(clips)
         maps = [part.float().cpu().unflatten(1, grid) for part in parts]  # each [B, t, h, w, D]
-        return torch.cat(maps, dim=-1 if self.join == "channels" else 1)
+        return finite(torch.cat(maps, dim=-1 if self.join == "channels" else 1), self.name)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,16 @@ def bf16_on_gpus(device: torch.device, *, enabled: bool = True) -> torch.autocas
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and device.type == "cuda")
 
 
+def finite(tokens: Tensor, name: str) -> Tensor:
+    """The tokens themselves. Raises ValueError where one is no number: every metric would still give one."""
+    if not tokens.sum(dtype=torch.float32).isfinite():  # cheaper than a look at each, and no number hides from a sum
+        raise ValueError(
+            f"the features of {name} are not finite: its weights are broken (did the training diverge?), or overflow "
+            f"as {tokens.dtype}"
+        )
+    return tokens
+
+
 class FeatureSource(Protocol):
     """Whatever gives every clip a grid of tokens."""
 
@@ -48,7 +58,7 @@ class EncoderFeatures:
     encoder: Encoder
 
     def tokens(self, clips: Tensor) -> Tensor:
-        return extract(self.encoder, clips, batch_size=len(clips))
+        return finite(extract(self.encoder, clips, batch_size=len(clips)), self.name)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Models that are compared, by the names a user gives: what each kind of evaluation reads of them.
 
-A folder of ours, a released .pt, `hf:FOLDER` of transformers, `untrained:SIZE`; beside each its architecture without
-training, and RGB + position for each patch size. A model that an evaluation makes no sense for says why: Unsuited.
+A folder of ours, a released .pt, `hf:FOLDER` of transformers, `untrained:SIZE`, `py:FILE.py:FUNCTION` of a user; beside
+each, but a user's, its architecture without training, and RGB + position for each patch size. A model that an
+evaluation makes no sense for says why: Unsuited.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.adapters import TransformersFeatures, load_transformers
+from evals.adapters import CallableFeatures, TransformersFeatures, load_transformers, load_user
 from evals.anticipation import AnticipationFeatures
 from evals.cache import encoder_identity, module_identity
 from evals.clip_protocol import ClipProtocol
@@ -32,7 +33,7 @@ from vjepa.nn.init import WEIGHT_STD
 from vjepa.nn.predictor import Predictor
 from vjepa.registry import create_encoder, create_model, create_predictor, list_models
 
-HUGGING_FACE = "hf"
+HUGGING_FACE, USER = "hf", "py"
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of model
@@ -86,14 +87,15 @@ class EncoderModel:
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """An encoder of transformers: the patch tokens of its last hidden state, whatever the evaluation."""
+    """Somebody else's encoder, of transformers or a user's: the patch tokens of its last state, whatever is asked."""
 
     name: str
-    source: TransformersFeatures
+    source: TransformersFeatures | CallableFeatures
     training_seed: int | None = None
 
     @property
     def identity(self) -> str:
+        assert self.source.identity is not None  # load_user sees to it
         return self.source.identity
 
     @property
@@ -203,8 +205,8 @@ def rehearse_clips(source: FeatureSource | AnticipationFeatures, clips: ClipProt
 def load_models(specs: Sequence[str], *, device: torch.device | str = "cpu") -> list[Model]:
     """The models of `specs`, then those they are measured against.
 
-    A spec is PATH, `hf:FOLDER` or `untrained:SIZE`, each perhaps as NAME=SPEC. A single trained model is called
-    `trained`, several by their folders or files.
+    A spec is PATH, `hf:FOLDER`, `untrained:SIZE` or `py:FILE.py:FUNCTION`, each perhaps as NAME=SPEC. A single trained
+    model is called `trained`, several by their folders or files, a user's one of several by itself.
     """
     named = [_name_and_spec(spec) for spec in specs]
     num_trained = sum(not spec.startswith(f"{UNTRAINED}:") for _, spec in named)
@@ -226,6 +228,8 @@ def load_model(spec: str, *, device: torch.device | str = "cpu") -> EncoderModel
     if kind == HUGGING_FACE:
         source = load_transformers(rest, name=name, device=str(device))
         return ForeignModel(source.name, source)
+    if kind == USER:
+        return _user(name, rest, device)
     path = _existing(spec)
     return EncoderModel(name or path.stem, *_read(path, device))
 
@@ -244,6 +248,8 @@ def _load(name: str | None, spec: str, *, is_only: bool, device: torch.device | 
         source = load_transformers(rest, device=str(device))
         source = replace(source, name=name or (TRAINED if is_only else source.name))
         return ForeignModel(source.name, source), ForeignModel(UNTRAINED, _anew(source))
+    if kind == USER:
+        return _user(name or (TRAINED if is_only else None), rest, device), None
     path = _existing(spec)
     return _ours(name or (TRAINED if is_only else path.stem), path, device)
 
@@ -253,7 +259,8 @@ def _existing(spec: str) -> Path:
     if not path.exists():
         raise ValueError(
             f"--model {spec}: no such file or folder. Give a folder of an exported encoder, a released .pt, hf:FOLDER "
-            f"of transformers, or untrained:SIZE with one of {', '.join(list_models())}; nothing is downloaded by name"
+            f"of transformers, py:FILE.py:FUNCTION of your own, or untrained:SIZE with one of "
+            f"{', '.join(list_models())}; nothing is downloaded by name"
         )
     return path
 
@@ -280,6 +287,11 @@ def _untrained_size(name: str | None, size: str, device: torch.device | str) -> 
         raise ValueError(f"--model untrained:{size}: there is no such size; sizes: {', '.join(list_models())}")
     encoder = create_model(size, device="cpu", seed=0).to(device).eval()
     return EncoderModel(name or f"{UNTRAINED}_{size}", encoder)
+
+
+def _user(name: str | None, spec: str, device: torch.device | str) -> ForeignModel:
+    source = load_user(spec, device=str(device))
+    return ForeignModel(name or source.name, replace(source, name=name or source.name))
 
 
 def _anew(source: TransformersFeatures) -> TransformersFeatures:

@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         action="append",
         required=True,
-        help="folder of an exported encoder, a released .pt, hf:FOLDER of transformers or untrained:SIZE, perhaps as "
-        "NAME=...; may be repeated",
+        help="folder of an exported encoder, a released .pt, hf:FOLDER of transformers, py:FILE.py:FUNCTION of your "
+        "own or untrained:SIZE, perhaps as NAME=...; may be repeated",
     )
     known = f"{', '.join(GROUPS)}, or names with commas between: {', '.join(LOADERS)}"
     parser.add_argument("--suite", required=True, help=f"which questions: {known}")

@@ -321,6 +321,48 @@ def test_a_model_that_cannot_take_pictures_of_a_set_is_left_out(tmp_path: Path, 
     assert {row.model for row in found.rows} == {"ours", "untrained_ours", "rgb", "location_prior"}
 
 
+USERS = """
+import torch
+from evals.adapters import CallableFeatures
+
+def load(device):
+    def colours(clips):  # [B, 3, T, H, W] -> the mean colour of each patch of 8 pixels
+        return torch.nn.functional.avg_pool3d(clips, (1, 8, 8)).flatten(2).transpose(1, 2)
+    return CallableFeatures("colours", colours, 8, device=device, identity="colours, 1")
+
+def nameless(device):
+    return CallableFeatures("colours", print, 8)
+
+def other(device):
+    return print
+"""
+
+
+def test_a_users_own_encoder_is_measured_by_the_command(tmp_path: Path, sets: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(USERS)
+    command = ["--suite", "camvid", "--out", str(tmp_path), f"data.root={sets}", *SHORT[:5]]
+    assert main(["--model", f"py:{file}:load", "--model", f"again=py:{file}:load", *command]) == 0
+    values = {row.model: row.value for row in rows_of(tmp_path) if row.task == "linear_segmentation_camvid"}
+    assert set(values) == {"colours", "again", "rgb", "location_prior"}
+    assert values["colours"] == values["again"] > 0.4, "classes are colours"
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("mine.py:nothing", "has no function nothing; write py:FILE.py:FUNCTION"),
+        ("mine.py:nameless", "give its CallableFeatures an identity"),
+        ("mine.py:other", "other gave builtin_function_or_method; write"),
+        ("missing.py:load", r"there is no file .*missing\.py"),
+    ],
+)
+def test_what_is_wrong_with_a_users_file_is_said(tmp_path: Path, spec: str, reason: str) -> None:
+    (tmp_path / "mine.py").write_text(USERS)
+    with pytest.raises(ValueError, match=reason):
+        load_models([f"py:{tmp_path / spec}"])
+
+
 def test_every_model_has_a_state_of_its_own(tmp_path: Path, sets: Path) -> None:
     models = [PixelModel(16, 2), PixelModel(8, 2, "rgb_8")]
     asked = find("camvid", [f"data.root={sets}", *SHORT[:5], f"fit.state={tmp_path / 'state'}"])
