@@ -36,6 +36,12 @@ def content_digest(path: Path) -> str:
     return " ".join(map(file_digest, files))
 
 
+def stamp(path: Path) -> str:
+    """Size and time of a file: whoever writes it anew changes them."""
+    found = path.stat()
+    return f"{found.st_size}@{found.st_mtime_ns}"
+
+
 def list_media(root: Path, *, frame_folders: bool = False) -> list[Path]:
     """All videos and images below a folder by their endings, hidden ones left out, in the order of their paths.
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from omegaconf import MISSING, OmegaConf
 from PIL import Image
 
+from evals.cache import file_digest
 from evals.dense_config import RECIPES, DenseConfig, load_depth, load_segmentation
 from evals.dense_fit import DenseResult, Plan
 from evals.dense_pictures import depth_picture, segmentation_picture
@@ -24,6 +25,7 @@ from evals.dense_sets import DenseSet
 from evals.floors import DEPTH_FLOORS, SEGMENTATION_FLOORS, TRACKING_FLOORS, DenseFloor, Floor
 from evals.labelled_files import DataMissing
 from evals.labelled_suite import read_splits, score_source
+from evals.media import stamp
 from evals.models import Model, PixelModel, rehearse_clips, show
 from evals.overlays import tracking_picture
 from evals.pooled import Pooled
@@ -145,7 +147,7 @@ class Dense:
         return self.module.open_splits(self.config)
 
     def open(self) -> str:
-        keys = [" ".join(item.key for item in split.items) for split in self.splits]
+        keys = [" ".join(f"{item.key} {item.stamp()}" for item in split.items) for split in self.splits]
         return f"{Path(self.config.data.root).resolve()} {keys}"
 
     def numbers(self) -> str:
@@ -230,7 +232,11 @@ class Tracking:
         )
 
     def open(self) -> str:
-        frames = [f"{video.name} {' '.join(video.frames)}" for video in self.videos]
+        frames = [
+            f"{video.name} {name} {stamp(path)}"
+            for video in self.videos
+            for name, path in (*video.frames.items(), *video.masks.items())
+        ]
         return f"{Path(self.config.data.root).resolve()} {frames}"
 
     def numbers(self) -> str:
@@ -320,13 +326,15 @@ class Labelled:
 
     def open(self) -> str:
         suite, root = SUITES[self.name], Path(self.config.data.root)
-        for split in (suite.train_split, suite.test_split):
+        splits = (suite.train_split, suite.test_split)
+        for split in splits:
             if not (root / split).is_dir():
                 raise DataMissing(
                     f"{self.name}: {root / split} is not there. Expected below data.root: shard folders "
                     f"{suite.train_split}/ and {suite.test_split}/; python -m data_pipeline.prepare.digits makes them"
                 )
-        return f"{root.resolve()}"
+        indices = [path for path in sorted(root.glob("*/*.json*")) if path.parent.name in splits]
+        return f"{root.resolve()} {' '.join(map(file_digest, indices))}"  # they have a digest of every record
 
     def numbers(self) -> str:
         return config_hash(f"{self.config.seeds} {SUITES[self.name].tasks}")

@@ -53,7 +53,7 @@ def test_features_that_are_no_numbers_are_refused(value: float) -> None:
     """Every metric would give a number for them: mIoU .10, k-NN chance."""
     encoder, clips = vjepa.create_model("vit_debug", seed=0), torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8)
     with torch.no_grad():
-        encoder.norms[-1].bias[3] = value
+        encoder.get_parameter(f"norms.{len(encoder.levels) - 1}.bias")[3] = value
     for source in (EncoderFeatures("mine", encoder), LevelFeatures("mine", encoder)):
         with pytest.raises(ValueError, match="the features of mine are not finite: its weights are broken"):
             source.tokens(clips)

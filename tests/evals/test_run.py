@@ -255,6 +255,27 @@ def test_anticipation_is_for_models_with_a_predictor(tmp_path: Path) -> None:
     assert [each.partition(":")[0] for each in found.unsuited] == ["ek100, without", "ek100, rgb"]
 
 
+def test_a_set_whose_files_have_changed_is_another_set(tmp_path: Path) -> None:
+    """Labels mended in place: the names are the same."""
+    write_camvid(tmp_path / "camvid", {"train": 6, "test": 2})
+    write_davis(tmp_path / "DAVIS")
+    for split in ("probe_train", "test"):
+        (tmp_path / "motion" / split).mkdir(parents=True)
+        (tmp_path / "motion" / split / "digits-000000.index.jsonl").write_text('{"sha256": "0"}')
+    asked = find("camvid,davis2017,motion", [f"data.root={tmp_path}"])
+    before = [each.open() for each in asked]
+    asked = find("camvid,davis2017,motion", [f"data.root={tmp_path}"])
+    assert [each.open() for each in asked] == before
+    for changed in (
+        next((tmp_path / "camvid" / "labels" / "test").iterdir()),
+        tmp_path / "DAVIS" / "Annotations" / "480p" / "down" / "00002.png",
+        next((tmp_path / "motion" / "test").glob("*.index.jsonl")),
+    ):
+        changed.write_bytes(changed.read_bytes() + b" ")
+    asked = find("camvid,davis2017,motion", [f"data.root={tmp_path}"])
+    assert all(mine != theirs for mine, theirs in zip([each.open() for each in asked], before, strict=True))
+
+
 def test_long_loops_say_how_far_they_are(
     sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
