@@ -242,7 +242,14 @@ def _load(schema: type[C], task: str, name: str, overrides: Sequence[str]) -> C:
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
         raise ConfigError(f"there is no {task} recipe {name!r}. Recipes: {known}")
-    return resolve(schema, [read_recipe(path)], overrides)
+    return resolve(schema, [read_recipe(path)], list(map(_as_text, overrides)))
+
+
+def _as_text(override: str) -> str:
+    """A split as it is written: YAML takes 100:30 for minutes and seconds, and 700: for a mapping."""
+    key, equals, value = override.partition("=")
+    is_plain = bool(value) and not value.startswith(("'", '"'))
+    return f"{key}{equals}'{value}'" if key in ("data.train_split", "data.test_split") and is_plain else override
 
 
 def _check_size(name: str, size: Any) -> None:

@@ -251,7 +251,7 @@ class Tracking:
     def rehearse(self, model: Model) -> None:
         video = self.videos[0]
         size = read_frame(next(iter(video.frames.values()))).shape[-2:]
-        height, width = input_size((size[0], size[1]), self.config.propagation.short_side, model.patch_size)
+        height, width = input_size((size[0], size[1]), self.config.propagation.side(model.patch_size), model.patch_size)
         show(model.frames(), 1, height, width)
 
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:

@@ -386,6 +386,13 @@ def test_what_a_recipe_cannot_mean_is_refused(override: str, message: str) -> No
         load_segmentation("ade20k", ["data.root=/", override])
 
 
+@pytest.mark.parametrize("split", ["100:30", "700:", ":9", "0:600", "train"])
+def test_splits_are_taken_as_they_are_written(split: str) -> None:
+    """On a command line nobody writes quotes; 100:30 was 6030."""
+    for value in (split, f"'{split}'"):
+        assert load_depth("rgbd", ["data.root=x", f"data.train_split={value}"]).data.train_split == split
+
+
 def test_a_recipe_without_root_or_of_another_name_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.root"):
         load_segmentation("ade20k")
