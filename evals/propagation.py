@@ -27,8 +27,8 @@ class PropagationConfig:
     """How masks are propagated. The defaults are those of V-JEPA 2.1 (paper appendix C, evaluation.md 1.5)."""
 
     short_side: int | None = None
-    """Pixels; None is 480, and 420 for patches of 14, as in the paper. Both sides are rounded to the nearest multiple of
-    the patch size."""
+    """Pixels; None is 480, and 420 for patches of 14, as in the paper. Both sides are rounded to the nearest multiple
+    of the patch size."""
     context: int = 15
     """Last frames that are looked at, besides those in which objects were given."""
     neighbourhood: Literal["circle", "square"] = "circle"

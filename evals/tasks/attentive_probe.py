@@ -103,6 +103,18 @@ class TrainingClips(Dataset[Batch]):
         return item | {"clips": item["clips"][middle : middle + 1]}
 
 
+@dataclass(frozen=True)
+class Order:
+    """This rank's places in each of these steps, made when they are wanted: for IN1K all at once are a GiB."""
+
+    draws: Draws
+    steps: range
+    world: World
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(self.draws.ordinals(step, self.world)) for step in self.steps)
+
+
 class TrainingTokens:
     """Step -> tokens and labels of this rank's part of its batch, the next ones being decoded in the meantime.
 
@@ -115,7 +127,7 @@ class TrainingTokens:
 
     def __call__(self, step: int) -> tuple[Tensor, Any]:
         if step != self._next:  # the first, or the one at which a stopped fit goes on
-            order = [list(self.clips.draws.ordinals(each, self.world)) for each in range(step, self.steps)]
+            order = Order(self.clips.draws, range(step, self.steps), self.world)
             self._batches = iter(DataLoader(self.clips, batch_sampler=order, num_workers=self.workers))
         self._next = step + 1
         batch = next(self._batches)

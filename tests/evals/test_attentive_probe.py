@@ -126,6 +126,16 @@ def test_a_cached_file_is_read_for_its_digest_once(
     assert len(read) == len(set(read))
 
 
+def test_the_order_of_a_long_fit_is_made_as_it_is_wanted(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, asked = config_of(videos, "schedule.batch_size=8"), list[int]()
+    ordinals = Draws.ordinals
+    monkeypatch.setattr(
+        Draws, "ordinals", lambda self, step, world: (asked.append(step), ordinals(self, step, world))[1]
+    )
+    Tokens.of(build_task(config, untrained()), config).training(1000)(990)
+    assert asked == [990]
+
+
 def test_training_clips_are_augmented_by_their_turn(videos: Path) -> None:
     config = replace(config_of(videos, "schedule.batch_size=8"), augmented=True)
     task = build_task(config, untrained())
