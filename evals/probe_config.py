@@ -32,6 +32,7 @@ class ProbeData:
     train_files: str | None = None  # list of 'path label' lines in place of the set's own
     validation_files: str | None = None
     skip_missing: bool = False  # go on without files that are named and not on disk
+    skip_damaged: bool = False  # go on without files that cannot be decoded; in training the next one stands in
     held_out: float = 0.1  # share of training files on which the best head is chosen
 
     def __post_init__(self) -> None:
