@@ -160,11 +160,14 @@ class DenseConfig:
     levels: list[int] | None = None  # blocks of the encoder, from 1; null: the last
     tokenizer: Literal["image", "video"] = "image"
     encoder_bf16: bool = False  # the frozen encoder under bf16 autocast, on CUDA only; DINOv3's protocol is fp32
+    workers: int = 0  # threads that read and augment the next training images; 0: this one does, when they are wanted
     label_stride: int = 1  # every so many pixels of a truth are learnt from; scores always see all
 
     def __post_init__(self) -> None:
-        if self.label_stride < 1:
-            raise ValueError(f"label_stride={self.label_stride} must be at least 1")
+        if self.label_stride < 1 or self.workers < 0:
+            raise ValueError(
+                f"label_stride={self.label_stride} must be at least 1, workers={self.workers} not negative"
+            )
         if self.levels is not None and any(level < 1 for level in self.levels or [0]):
             raise ValueError(f"levels={self.levels}: recipes count blocks from 1 as the papers do")
         if self.cache.folder is not None and self.augment.is_random:
@@ -187,6 +190,7 @@ class DenseConfig:
         """A digest of what decides the numbers of a fit."""
         kept = asdict(self)
         kept.pop("cache")
+        kept.pop("workers")
         kept["dtype"] = self.cache.dtype
         for name in ("state", "save_every"):
             kept["fit"].pop(name)

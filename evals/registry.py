@@ -19,7 +19,8 @@ from PIL import Image
 
 from evals.cache import file_digest
 from evals.dense_config import RECIPES, DenseConfig, load_depth, load_segmentation
-from evals.dense_fit import DenseResult, Plan
+from evals.dense_fit import DenseResult
+from evals.dense_images import Plan
 from evals.dense_pictures import depth_picture, segmentation_picture
 from evals.dense_sets import DenseSet
 from evals.floors import DEPTH_FLOORS, SEGMENTATION_FLOORS, TRACKING_FLOORS, DenseFloor, Floor
