@@ -165,6 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {f'rank {rank}: ' if num_ranks > 1 else ''}{error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on behind the last evaluation that was finished", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         if num_ranks == 1 or not is_of_another_rank(error):
             raise

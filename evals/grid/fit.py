@@ -188,7 +188,7 @@ def fit_grid(
         about=about,
     )
     if state is not None and world.on_main(state.path.is_file):
-        read_state(found, state.path, world.device)
+        read_state(found, state.path)
     end, pace = steps if until is None else min(until, steps), Pace("step", steps, done=found.step)
     while found.step < end:
         found.train_step(*batches(found.step), loss)

@@ -19,6 +19,7 @@ from evals.published import PUBLISHED
 from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
 from evals.results import read_summary_rows
 from evals.run import main
+from evals.tasks import tracking
 from evals.videos import write_mask
 from tests.evals.dense_scenes import write_camvid, write_rgbd
 from tests.evals.rows import rows_of
@@ -288,6 +289,22 @@ def test_long_loops_say_how_far_they_are(
     assert "\n  scored batch 2, " in said
     assert main(command) == 0
     assert len(re.findall("\n  step 10 of 20", capsys.readouterr().err)) == 3, "nothing is shown twice"
+
+
+def test_a_stopped_command_says_that_it_goes_on(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(tracking, "score_video", stop)
+        assert main(arguments(sets, model, tmp_path)) == 130
+    assert capsys.readouterr().err.endswith(
+        "\nstopped; the same command goes on behind the last evaluation that was finished\n"
+    )
+    assert main(arguments(sets, model, tmp_path)) == 0
+    assert capsys.readouterr().err.count("done before") == 4, "CamVid, of three models and a floor"
 
 
 def test_what_cannot_be_kept_is_said_before_it_is_measured(
