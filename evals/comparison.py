@@ -16,11 +16,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from evals.evaluations import Entrant, Evaluation
 from evals.floors import Floor
 from evals.models import Model
 from evals.protocol import DoesNotFit, NotThere, Row, Unsuited
 from evals.published import published_for, published_table
-from evals.registry import Entrant, Evaluation
 from evals.results import RESULTS, ResultsError, not_ahead_of_trained, print_wide, results_table, save
 from vjepa.train.distributed import ALONE, World
 
