@@ -6,6 +6,7 @@ normalisation and patch size; `transformers` is imported only when it is asked f
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from evals.cache import module_identity
+from evals.features import bf16_on_gpus, finite
+from evals.protocol import DoesNotFit
 from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD, Grid
 
 PREPROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
@@ -66,11 +69,15 @@ class CallableFeatures:
     tubelet_size: int = 1
     normalisation: Normalisation = Normalisation()
     device: str = "cpu"
+    identity: str | None = None  # what the numbers depend on, such as a digest of the weights: caches go by it
+    bf16: bool = False  # compute under bf16 autocast, on CUDA only
 
     @torch.no_grad()
     def tokens(self, clips: Tensor) -> Tensor:
         grid = token_grid(clips, self.patch_size, self.tubelet_size)
-        tokens = self.function(self.normalisation(clips.to(self.device))).float().cpu()
+        pixels = self.normalisation(clips.to(self.device))
+        with bf16_on_gpus(pixels.device, enabled=self.bf16):
+            tokens = finite(self.function(pixels).float().cpu(), self.name)
         if tokens.ndim == 3 and tokens.shape[:2] == (len(clips), grid[0] * grid[1] * grid[2]):
             return tokens.unflatten(1, grid)
         if tokens.ndim == 5 and tokens.shape[:4] == (len(clips), *grid):
@@ -79,6 +86,30 @@ class CallableFeatures:
             f"{self.name} gave {list(tokens.shape)} for clips {list(clips.shape)}: expected [B, t*h*w, D] or "
             f"[B, t, h, w, D] with (t, h, w) = {grid}. Class tokens and registers must be left out"
         )
+
+
+def load_user(spec: str, *, device: str = "cpu") -> CallableFeatures:
+    """What FUNCTION(device) of a user's file gives, for `spec` FILE.py:FUNCTION: with an identity."""
+    file, _, function = spec.rpartition(":")
+    hint = "write py:FILE.py:FUNCTION, where FUNCTION(device) returns an evals.adapters.CallableFeatures"
+    if not Path(file).is_file():
+        raise ValueError(f"--model py:{spec}: there is no file {file or spec}; {hint}")
+    found = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if found is None or found.loader is None:
+        raise ValueError(f"--model py:{spec}: {file} is no Python file; {hint}")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    if not callable(make := getattr(module, function, None)):
+        raise ValueError(f"--model py:{spec}: {file} has no function {function}; {hint}")
+    source = make(device)
+    if not isinstance(source, CallableFeatures):
+        raise ValueError(f"--model py:{spec}: {function} gave {type(source).__name__}; {hint}")
+    if source.identity is None:
+        raise ValueError(
+            f"--model py:{spec}: give its CallableFeatures an identity, by which results are known again, such as "
+            "evals.cache.module_identity(model, {})"
+        )
+    return source
 
 
 # ------------------------------------------------------------------------------------------------- transformers' models
@@ -96,11 +127,14 @@ class TransformersFeatures:
     model: nn.Module
     normalisation: Normalisation = Normalisation()
     max_images: int = 64  # frames in a pass of an image model
+    bf16: bool = False  # compute under bf16 autocast, on CUDA only
 
     @cached_property
     def identity(self) -> str:
         """What its features depend on, see `evals.cache.source_identity`."""
-        return module_identity(self.model, [type(self.model).__name__, self.config.to_dict(), str(self.normalisation)])
+        about = [type(self.model).__name__, self.config.to_dict(), str(self.normalisation)]
+        is_bf16 = self.bf16 and next(self.model.parameters()).device.type == "cuda"
+        return module_identity(self.model, [*about, "bf16"] if is_bf16 else about)
 
     @property
     def config(self) -> Any:
@@ -143,7 +177,7 @@ class TransformersFeatures:
         accepted = inspect.signature(self.model.forward).parameters
         options = {"skip_predictor": True, "interpolate_pos_encoding": True}
         chosen = {key: value for key, value in options.items() if key in accepted}
-        with torch.autocast(pixels.device.type, enabled=False):
+        with bf16_on_gpus(pixels.device, enabled=self.bf16):
             hidden = self.model(pixels.to(next(self.model.parameters()).dtype), **chosen).last_hidden_state
         wanted = grid[0] * grid[1] * grid[2]
         if hidden.ndim != 3 or hidden.shape[1] < wanted:
@@ -151,20 +185,21 @@ class TransformersFeatures:
                 f"{self.name} gave {list(hidden.shape)} where {wanted} patch tokens were expected, {grid}: it is no "
                 "plain ViT of this patch size"
             )
-        return hidden[:, hidden.shape[1] - wanted :].float().cpu()
+        return finite(hidden[:, hidden.shape[1] - wanted :].float().cpu(), self.name)
 
     def _check(self, clips: Tensor) -> None:
         """Sizes that the model would take and get wrong, or refuse without saying what to set."""
         frames, height, width = clips.shape[2:]
         crop = getattr(self.config, "crop_size", None)
         if crop is not None and (height, width) != (crop, crop):
-            raise ValueError(
-                f"{self.name} derives its rows and columns from config.crop_size={crop}, whatever the clip: give "
-                f"clips.size={crop} (is {height}x{width}), or load the model with crop_size of your clips"
+            raise DoesNotFit(
+                f"{self.name} derives its rows and columns from config.crop_size={crop}, whatever the clip: it takes "
+                f"{crop}x{crop} alone (clips.size={crop}), not {height}x{width}. V-JEPA 2 takes any size as "
+                "--model FOLDER, without hf:"
             )
         fixed = getattr(self.config, "num_frames", None)
         if self.is_video and fixed is not None and frames != fixed:
-            raise ValueError(f"{self.name} takes clips of {fixed} frames: set clips.frames={fixed} (is {frames})")
+            raise DoesNotFit(f"{self.name} takes clips of {fixed} frames: set clips.frames={fixed} (is {frames})")
 
 
 def _square(name: str, size: Sequence[int]) -> int:

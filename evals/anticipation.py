@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evals.features import bf16_on_gpus, finite
 from vjepa.batch import Grid, normalise
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.predictor import Predictor
@@ -93,6 +94,7 @@ class AnticipationFeatures:
     encoder: Encoder
     predictor: Predictor
     fps: float  # frames of the clip a second
+    bf16: bool = False  # compute under bf16 autocast, on CUDA only
 
     def __post_init__(self) -> None:
         wanted, width = self.predictor.config, self.encoder.embed_dim
@@ -117,8 +119,8 @@ class AnticipationFeatures:
         device = next(self.encoder.parameters()).device
         self.encoder.eval()
         self.predictor.eval()
-        with torch.autocast(device.type, enabled=False):
-            return self._tokens(normalise(clips.to(device)), seconds).float().cpu()
+        with bf16_on_gpus(device, enabled=self.bf16):
+            return finite(self._tokens(normalise(clips.to(device)), seconds).float().cpu(), self.name)
 
     def _tokens(self, clips: Tensor, seconds: Tensor) -> Tensor:
         grid, width = self.encoder.grid(clips), self.encoder.embed_dim

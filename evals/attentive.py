@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from evals.features import bf16_on_gpus
+
 WEIGHT_STD = 0.02
 
 
@@ -122,10 +124,12 @@ class AttentivePooler(nn.Module):
         self.cross_attention_block = CrossAttentionBlock(embed_dim, config)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """In bf16 on CUDA; what is read is float32, and so are the scores that are made of it: bf16 would tie them."""
         is_recomputed = self.recompute and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
-            tokens = checkpoint(block, tokens, use_reentrant=False) if is_recomputed else block(tokens)
-        return self.cross_attention_block(self.query_tokens.expand(len(tokens), -1, -1), tokens)
+        with bf16_on_gpus(tokens.device):
+            for block in self.blocks:
+                tokens = checkpoint(block, tokens, use_reentrant=False) if is_recomputed else block(tokens)
+            return self.cross_attention_block(self.query_tokens.expand(len(tokens), -1, -1), tokens).float()
 
 
 class AttentiveClassifier(nn.Module):

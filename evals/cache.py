@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from evals.features import EncoderFeatures, FeatureSource
+from evals.features import EncoderFeatures, FeatureSource, finite
 from vjepa.nn.encoder import Encoder
 from vjepa.train.distributed import ALONE, World
 
@@ -34,6 +34,7 @@ DTYPES: dict[Dtype, torch.dtype] = {
 }
 GIB = 1024**3
 FEATURES = "features"  # name of the tensor in a file
+CLIPS_VERSION = 1  # of the code that decodes, resizes and cuts clips: raised when it makes other pixels of a file
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +71,8 @@ class LiveFeatures:
 
     def __call__(self, requests: Sequence[Request]) -> Tensor:
         with torch.no_grad():
-            return self.source.tokens(torch.stack([each.read() for each in requests])).to(DTYPES[self.dtype])
+            tokens = self.source.tokens(torch.stack([each.read() for each in requests])).to(DTYPES[self.dtype])
+        return tokens if self.dtype == "float32" else finite(tokens, self.source.name)  # float16 overflows
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class CachedFeatures:
         return cls(LiveFeatures(source, dtype), cache, source_identity(source))
 
     def key(self, request: Request) -> str:
-        parts = (self.identity, request.content, request.view, self.live.dtype)
+        parts = (CLIPS_VERSION, self.identity, request.content, request.view, self.live.dtype)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __call__(self, requests: Sequence[Request]) -> Tensor:
@@ -225,7 +227,7 @@ def source_identity(source: FeatureSource) -> str:
         return identity
     if isinstance(source, EncoderFeatures):
         return encoder_identity(source.encoder)
-    if is_dataclass(source) and not any(isinstance(value, torch.nn.Module) for value in vars(source).values()):
+    if is_dataclass(source) and not any(callable(value) for value in vars(source).values()):
         return f"{type(source).__module__}.{type(source).__qualname__} {json.dumps(asdict(source), sort_keys=True)}"
     raise ValueError(
         f"features of {source.name} cannot be cached: {type(source).__name__} does not say what they depend on. Give "

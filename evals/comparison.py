@@ -16,11 +16,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from evals.evaluations import Entrant, Evaluation
 from evals.floors import Floor
-from evals.models import Model, Unsuited
-from evals.protocol import NotThere, Row
+from evals.models import Model
+from evals.protocol import DoesNotFit, NotThere, Row, Unsuited
 from evals.published import published_for, published_table
-from evals.registry import Entrant, Evaluation
 from evals.results import RESULTS, ResultsError, not_ahead_of_trained, print_wide, results_table, save
 from vjepa.train.distributed import ALONE, World
 
@@ -92,14 +92,17 @@ def compare(
         raise SetsMissing(f"{len(missing)} of {len(evaluations)} sets are missing:\n{listing_of(missing)}{hint}")
     found, done = Comparison(missing=missing), {} if again else world.on_main(lambda: rows_by_digest(out))
     entries = list(_entries(there, models))
-    for place, (evaluation, data, model) in enumerate(entries, start=1):
+    digests = [world.on_main(partial(digest_of, *entry)) for entry in entries]
+    left_out = rehearse([entry for entry, digest in zip(entries, digests, strict=True) if digest not in done])
+    for place, ((evaluation, _, model), digest) in enumerate(zip(entries, digests, strict=True), start=1):
         label = f"[{place}/{len(entries)}] {evaluation.name}, {evaluation.column(model)}"
-        digest = world.on_main(partial(digest_of, evaluation, data, model))
         if digest in done:
             found.rows += done[digest]
             say(f"{label}: done before, {_headline(done[digest])}")
             continue
         try:
+            if reason := left_out.get((evaluation.name, model.name)):
+                raise reason
             rows, seconds = _measure(evaluation, model, out, stage, world, digest)
         except Unsuited as reason:
             found.unsuited.append(f"{evaluation.name}, {model.name}: {reason}")
@@ -110,6 +113,30 @@ def compare(
         found.rows += rows
         say(f"{label}: {_headline(rows)}, {seconds:.0f} s")
     return found
+
+
+def rehearse(entries: Iterable[tuple[Evaluation, str, Entrant]]) -> dict[tuple[str, str], Unsuited]:
+    """Whether every model can take what an evaluation shows it, before hours are spent: (evaluation, model) -> why not.
+
+    Raises ValueError where a setting does not fit any of the models: then it is the setting's fault.
+    """
+    left_out: dict[tuple[str, str], Unsuited] = {}
+    is_fitting: dict[str, bool] = {}
+    for evaluation, _, model in entries:
+        if isinstance(model, Floor):
+            continue
+        try:
+            evaluation.rehearse(model)
+            is_fitting[evaluation.name] = True
+        except Unsuited as reason:
+            left_out[evaluation.name, model.name] = reason
+            is_fitting.setdefault(evaluation.name, not isinstance(reason, DoesNotFit))
+        except ValueError as error:
+            raise ValueError(f"{evaluation.name}, {evaluation.column(model)}: {error}") from error
+    for (name, model), reason in left_out.items():
+        if not is_fitting[name]:
+            raise ValueError(f"{name}, {model}: {reason}") from reason
+    return left_out
 
 
 def _entries(

@@ -159,11 +159,15 @@ class DenseConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     levels: list[int] | None = None  # blocks of the encoder, from 1; null: the last
     tokenizer: Literal["image", "video"] = "image"
+    encoder_bf16: bool = False  # the frozen encoder under bf16 autocast, on CUDA only; DINOv3's protocol is fp32
+    workers: int = 0  # threads that read and augment the next training images; 0: this one does, when they are wanted
     label_stride: int = 1  # every so many pixels of a truth are learnt from; scores always see all
 
     def __post_init__(self) -> None:
-        if self.label_stride < 1:
-            raise ValueError(f"label_stride={self.label_stride} must be at least 1")
+        if self.label_stride < 1 or self.workers < 0:
+            raise ValueError(
+                f"label_stride={self.label_stride} must be at least 1, workers={self.workers} not negative"
+            )
         if self.levels is not None and any(level < 1 for level in self.levels or [0]):
             raise ValueError(f"levels={self.levels}: recipes count blocks from 1 as the papers do")
         if self.cache.folder is not None and self.augment.is_random:
@@ -186,6 +190,7 @@ class DenseConfig:
         """A digest of what decides the numbers of a fit."""
         kept = asdict(self)
         kept.pop("cache")
+        kept.pop("workers")
         kept["dtype"] = self.cache.dtype
         for name in ("state", "save_every"):
             kept["fit"].pop(name)
@@ -241,7 +246,14 @@ def _load(schema: type[C], task: str, name: str, overrides: Sequence[str]) -> C:
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
         raise ConfigError(f"there is no {task} recipe {name!r}. Recipes: {known}")
-    return resolve(schema, [read_recipe(path)], overrides)
+    return resolve(schema, [read_recipe(path)], list(map(_as_text, overrides)))
+
+
+def _as_text(override: str) -> str:
+    """A split as it is written: YAML takes 100:30 for minutes and seconds, and 700: for a mapping."""
+    key, equals, value = override.partition("=")
+    is_plain = bool(value) and not value.startswith(("'", '"'))
+    return f"{key}{equals}'{value}'" if key in ("data.train_split", "data.test_split") and is_plain else override
 
 
 def _check_size(name: str, size: Any) -> None:

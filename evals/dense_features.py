@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evals.cache import encoder_identity
-from evals.features import position_features
+from evals.features import bf16_on_gpus, finite, position_features
 from evals.protocol import RGB
 from evals.references import RgbPatches
 from vjepa.batch import normalise
@@ -34,7 +34,7 @@ class LevelFeatures:
     """0-based blocks that have a level norm; () is the last one."""
     tokenizer: Tokenizer = "image"
     bf16: bool = False
-    """Compute under bf16 autocast, on CUDA only."""
+    """Compute under bf16 autocast, on CUDA only; recipes say it as encoder_bf16."""
     join: Literal["channels", "tokens"] = "channels"
     """Where several levels lie beside each other."""
 
@@ -64,14 +64,14 @@ class LevelFeatures:
         was_training = self.encoder.training
         self.encoder.eval()
         try:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._is_bf16):
+            with bf16_on_gpus(device, enabled=self.bf16):
                 levels = self.levels or self.encoder.levels[-1:]
                 parts = self.encoder.forward_intermediates(normalise(clips.to(device)), indices=levels)
         finally:
             self.encoder.train(was_training)
         grid = self.encoder.grid(clips)
         maps = [part.float().cpu().unflatten(1, grid) for part in parts]  # each [B, t, h, w, D]
-        return torch.cat(maps, dim=-1 if self.join == "channels" else 1)
+        return finite(torch.cat(maps, dim=-1 if self.join == "channels" else 1), self.name)
 
 
 @dataclass(frozen=True)

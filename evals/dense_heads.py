@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from evals.attentive import SelfAttentionBlock, initialise
 from evals.dense_config import DenseConfig, DenseHeadConfig
+from evals.features import bf16_on_gpus
 
 
 class TokenAttention(nn.Module):
@@ -39,9 +40,10 @@ class TokenAttention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         is_recomputed = self.recompute and self.training and torch.is_grad_enabled()
         x = self.project(tokens).flatten(1, 2)  # [B, N, width]
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if is_recomputed else block(x)
-        return self.norm(x).unflatten(1, tokens.shape[1:3])
+        with bf16_on_gpus(tokens.device):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False) if is_recomputed else block(x)
+        return self.norm(x.float()).unflatten(1, tokens.shape[1:3])
 
 
 def dense_head(dim: int, config: DenseConfig, make_linear: Callable[[int], nn.Module]) -> nn.Module:

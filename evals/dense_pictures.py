@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from evals.dense_fit import DenseResult, Plan
+from evals.dense_fit import DenseResult
+from evals.dense_images import Plan
 from evals.dense_views import cut
 from evals.overlays import picture_rows, tint
 from evals.protocol import IGNORE

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
+from evals.adapters import CallableFeatures
 from evals.cache import encoder_identity
 from evals.dense_views import multiple_of, short_side_size
 from evals.labelled_suite import read_pretraining
@@ -97,6 +98,8 @@ def make_config(model: EncoderModel | ForeignModel, spec: str, **asked: Any) -> 
 def trained_geometry(model: EncoderModel | ForeignModel, spec: str) -> dict[str, Any]:
     """Frames, fps and size that a model was trained on, as far as its files say so."""
     if isinstance(model, ForeignModel):
+        if isinstance(model.source, CallableFeatures):
+            return {}
         config = model.source.config
         names = {"frames": ("num_frames", "frames_per_clip"), "size": ("crop_size", "image_size")}
         found = {

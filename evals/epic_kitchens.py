@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from evals.clip_protocol import ClipProtocol, training_clip, validation_views
 from evals.labelled_files import DataMissing, Split
 from evals.media import FrameFolder, open_media
 
+log = logging.getLogger(__name__)
 COLUMNS = ("video_id", "start_timestamp", "stop_timestamp", "verb_class", "noun_class")
 EXPECTED = """Expected below data.root:
   EPIC_100_train.csv  EPIC_100_validation.csv  (or annotations/...)
@@ -92,6 +94,28 @@ def read_actions(root: Path | str, split: Split) -> list[Action]:
     return actions
 
 
+def actions_on_disk(root: Path | str, split: Split, *, skip_missing: bool = False) -> list[Action]:
+    """The actions of a split whose videos are there, or whose frames are and have a rate.
+
+    Raises DataMissing where some are not, unless `skip_missing`: then their actions are left out, and the log says so.
+    """
+    actions, videos = read_actions(root, split), EpicVideos(Path(root))
+    names = sorted({action.video for action in actions})
+    missing: dict[str, DataMissing] = {}
+    for name in names:
+        try:
+            videos.check(name)
+        except DataMissing as error:
+            missing[name] = error
+    if not missing:
+        return actions
+    first, found = next(iter(missing.values())), f"{len(missing)} of {len(names)} videos of {split} are not there"
+    if not skip_missing or len(missing) == len(names):
+        raise DataMissing(f"{first}\n{found}. Set data.skip_missing=true to go on without them, if some are there.")
+    log.warning("ek100: %s; their actions are left out, and the figures are those of the rest", found)
+    return [action for action in actions if action.video not in missing]
+
+
 def seconds(stamp: str) -> float:
     """HH:MM:SS.ss in seconds."""
     hours, minutes, rest = stamp.split(":")
@@ -113,6 +137,11 @@ class EpicVideos:
         if found := next((place for place in places if place.exists()), None):
             return found
         raise DataMissing(f"ek100: video {video} is not below {self.root}. {EXPECTED}")
+
+    def check(self, video: str) -> None:
+        """DataMissing where it is not there, or is frames without a rate."""
+        if self.find(video).is_dir():
+            self._frame_rate(video)
 
     def open(self, video: str) -> Decoder:
         """A decoder. A file is read whole: from the originals of several GB take frames, or cut them before."""

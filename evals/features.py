@@ -22,6 +22,21 @@ from vjepa.nn.encoder import Encoder
 POSITION_BANDS = 4  # sine and cosine of 1, 2, 4 and 8 half turns along each axis
 
 
+def bf16_on_gpus(device: torch.device, *, enabled: bool = True) -> torch.autocast:
+    """bf16 autocast on CUDA where it is enabled; otherwise fp32, whatever surrounds."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and device.type == "cuda")
+
+
+def finite(tokens: Tensor, name: str) -> Tensor:
+    """The tokens themselves. Raises ValueError where one is no number: every metric would still give one."""
+    if not tokens.sum(dtype=torch.float32).isfinite():  # cheaper than a look at each, and no number hides from a sum
+        raise ValueError(
+            f"the features of {name} are not finite: its weights are broken (did the training diverge?), or overflow "
+            f"as {tokens.dtype}"
+        )
+    return tokens
+
+
 class FeatureSource(Protocol):
     """Whatever gives every clip a grid of tokens."""
 
@@ -43,7 +58,7 @@ class EncoderFeatures:
     encoder: Encoder
 
     def tokens(self, clips: Tensor) -> Tensor:
-        return extract(self.encoder, clips, batch_size=len(clips))
+        return finite(extract(self.encoder, clips, batch_size=len(clips)), self.name)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from evals.dense_config import DepthConfig, SegmentationConfig
-from evals.dense_fit import Plan, is_better_high
+from evals.dense_fit import is_better_high
+from evals.dense_images import Plan
 from evals.dense_sets import DenseItem, DenseSet, DenseSetError
 from evals.dense_views import cut, resize_truth
 from evals.depth_metrics import DepthMeter

@@ -123,7 +123,8 @@ def _how_it_should_look(dataset: Dataset) -> str:
     return (
         f"Expected below data.root, or a list of 'path label' lines as data.train_files and data.validation_files "
         f"(or in data.root as train.csv and validation.csv):\n{dataset.tree}\n"
-        f"Get it from {dataset.source}; nothing is downloaded for you."
+        + (f"Get it from {dataset.source}; " if dataset.source else "")
+        + "nothing is downloaded for you."
     )
 
 
@@ -358,7 +359,7 @@ DATASETS = {
             0,
             (class_folders,),
             "  train/CLASS/FILE  val/CLASS/FILE, videos or images of your own",
-            "yourself",
+            "",
         ),
     )
 }

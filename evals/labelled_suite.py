@@ -38,7 +38,8 @@ def default_sources(encoder: Encoder, *, seed: int = 0, init_std: float = WEIGHT
 
     `seed` and `init_std` are those the training started from.
     """
-    untrained = create_encoder(encoder.config, seed=seed, weight_std=init_std)
+    device = next(encoder.parameters()).device
+    untrained = create_encoder(encoder.config, device="cpu", seed=seed, weight_std=init_std).to(device)
     return [
         EncoderFeatures(TRAINED, encoder),
         EncoderFeatures(UNTRAINED, untrained),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.decode import Decoder, MediaInfo, frames_at, open_decoder
+from data_pipeline.decode import DecodeError, Decoder, MediaInfo, frames_at, open_decoder
 from evals.cache import file_digest
 
 FOLDER_FPS = 12.0  # of frames in a folder, which do not say: those of Jester
@@ -34,6 +34,12 @@ def content_digest(path: Path) -> str:
     """Of the bytes of a file, or of all frames in a folder."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return " ".join(map(file_digest, files))
+
+
+def stamp(path: Path) -> str:
+    """Size and time of a file: whoever writes it anew changes them."""
+    found = path.stat()
+    return f"{found.st_size}@{found.st_mtime_ns}"
 
 
 def list_media(root: Path, *, frame_folders: bool = False) -> list[Path]:
@@ -72,6 +78,18 @@ class FrameFolder:
     def frames_at(self, times: np.ndarray) -> Tensor:
         """The frames shown at `times` [T]: uint8 [T, C, H, W]."""
         numbers = np.clip(np.floor(times * self.info.fps), 0, len(self.files) - 1).astype(int)
-        images = {n: open_decoder(self.files[n].read_bytes(), "image") for n in sorted(set(numbers.tolist()))}
-        frames = {n: frames_at(image, np.array([image.info.begin]))[0] for n, image in images.items()}
+        frames = {n: self._frame(self.files[n]) for n in sorted(set(numbers.tolist()))}
         return torch.stack([frames[n] for n in numbers.tolist()])
+
+    def _frame(self, file: Path) -> Tensor:
+        """uint8 [C, H, W]; DecodeError naming the file where it is damaged or of another size than the first."""
+        try:
+            image = open_decoder(file.read_bytes(), "image")
+            frame = frames_at(image, np.array([image.info.begin]))[0]
+        except DecodeError as error:
+            raise DecodeError(f"frame {file.name}: {error}") from error
+        if tuple(frame.shape[1:]) != (self.info.height, self.info.width):
+            raise DecodeError(
+                f"frame {file.name} is {list(frame.shape[1:])}, the first {[self.info.height, self.info.width]}"
+            )
+        return frame

@@ -1,7 +1,8 @@
 """Models that are compared, by the names a user gives: what each kind of evaluation reads of them.
 
-A folder of ours, a released .pt, `hf:FOLDER` of transformers, `untrained:SIZE`; beside each its architecture without
-training, and RGB + position for each patch size. A model that an evaluation makes no sense for says why: Unsuited.
+A folder of ours, a released .pt, `hf:FOLDER` of transformers, `untrained:SIZE`, `py:FILE.py:FUNCTION` of a user; beside
+each, but a user's, its architecture without training, and RGB + position for each patch size. A model that an
+evaluation makes no sense for says why: Unsuited.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.adapters import TransformersFeatures, load_transformers
+from evals.adapters import CallableFeatures, TransformersFeatures, load_transformers, load_user
 from evals.anticipation import AnticipationFeatures
 from evals.cache import encoder_identity, module_identity
+from evals.clip_protocol import ClipProtocol
 from evals.dense_config import DenseConfig
 from evals.dense_features import LevelFeatures, RgbPosition
 from evals.features import EncoderFeatures, FeatureSource, PixelFeatures
 from evals.labelled_suite import read_pretraining
 from evals.probe_config import ProbeConfig
-from evals.protocol import RGB, TRAINED, UNTRAINED
+from evals.protocol import RGB, TRAINED, UNTRAINED, DoesNotFit, Unsuited
 from evals.references import RgbPatches
 from vjepa.hub import from_pretrained, import_official, predictor_from_pretrained
 from vjepa.nn.encoder import Encoder
@@ -31,11 +33,7 @@ from vjepa.nn.init import WEIGHT_STD
 from vjepa.nn.predictor import Predictor
 from vjepa.registry import create_encoder, create_model, create_predictor, list_models
 
-HUGGING_FACE = "hf"
-
-
-class Unsuited(ValueError):
-    """An evaluation makes no sense for a model; the message says why."""
+HUGGING_FACE, USER = "hf", "py"
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of model
@@ -65,16 +63,18 @@ class EncoderModel:
 
     def dense(self, config: DenseConfig) -> FeatureSource:
         """Tokens of single images."""
-        return LevelFeatures(self.name, self.encoder, config.level_indices, config.tokenizer)
+        levels, tokenizer = config.level_indices, config.tokenizer
+        return LevelFeatures(self.name, self.encoder, levels, tokenizer, bf16=config.encoder_bf16)
 
     def clips(self, config: ProbeConfig) -> FeatureSource | AnticipationFeatures:
         """Tokens that attentive probes read."""
         if not config.is_anticipation:
-            return LevelFeatures(self.name, self.encoder, config.blocks(self.encoder), join="tokens")
+            blocks = config.blocks(self.encoder)
+            return LevelFeatures(self.name, self.encoder, blocks, join="tokens", bf16=config.encoder_bf16)
         if self.predictor is None:
             raise Unsuited("ek100 reads what the predictor expects, and beside this encoder lies none")
         assert config.clips.fps is not None  # ProbeConfig sees to it
-        return AnticipationFeatures(self.name, self.encoder, self.predictor, config.clips.fps)
+        return AnticipationFeatures(self.name, self.encoder, self.predictor, config.clips.fps, bf16=config.encoder_bf16)
 
     def frames(self) -> FeatureSource:
         """Tokens of single frames, for masks that are carried along."""
@@ -87,14 +87,15 @@ class EncoderModel:
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """An encoder of transformers: the patch tokens of its last hidden state, whatever the evaluation."""
+    """Somebody else's encoder, of transformers or a user's: the patch tokens of its last state, whatever is asked."""
 
     name: str
-    source: TransformersFeatures
+    source: TransformersFeatures | CallableFeatures
     training_seed: int | None = None
 
     @property
     def identity(self) -> str:
+        assert self.source.identity is not None  # load_user sees to it
         return self.source.identity
 
     @property
@@ -110,7 +111,7 @@ class ForeignModel:
             raise Unsuited(
                 f"levels={config.levels} are blocks of our encoders; of transformers' the last state is read"
             )
-        return self.source
+        return replace(self.source, bf16=config.encoder_bf16)
 
     def clips(self, config: ProbeConfig) -> FeatureSource:
         if config.is_anticipation:
@@ -119,7 +120,7 @@ class ForeignModel:
             raise Unsuited(
                 f"levels={config.levels} are blocks of our encoders; of transformers' the last state is read"
             )
-        return self.source
+        return replace(self.source, bf16=config.encoder_bf16)
 
     def frames(self) -> FeatureSource:
         return self.source
@@ -142,14 +143,14 @@ class PixelModel:
         return f"pixels {self.patch_size} {self.tubelet_size}"
 
     def dense(self, config: DenseConfig) -> FeatureSource:
-        source = RgbPosition(self.patch_size)
+        source = RgbPosition(self.patch_size, name=self.name)
         needs_padding = config.head.kind == "attentive" and config.head.width is None
-        return Padded(source, config.head.num_heads) if needs_padding else source
+        return Padded(source, config.head.num_heads, self.name) if needs_padding else source
 
     def clips(self, config: ProbeConfig) -> FeatureSource:
         if config.is_anticipation:
             raise Unsuited("ek100 reads what a predictor expects, and pixels have none")
-        return Padded(PixelFeatures(self.patch_size, self.tubelet_size), config.head.num_heads)
+        return Padded(PixelFeatures(self.patch_size, self.tubelet_size), config.head.num_heads, self.name)
 
     def frames(self) -> FeatureSource:
         return RgbPatches(self.patch_size)
@@ -168,14 +169,34 @@ class Padded:
 
     source: FeatureSource
     multiple: int
-
-    @property
-    def name(self) -> str:
-        return self.source.name
+    name: str
 
     def tokens(self, clips: Tensor) -> Tensor:
         tokens = self.source.tokens(clips)
         return F.pad(tokens, (0, -tokens.shape[-1] % self.multiple))
+
+
+# ------------------------------------------------------------------------------------------------------ do they fit?
+
+
+def show(source: FeatureSource, frames: int, height: int, width: int) -> None:
+    """Give a source one black clip of this size, as a try. Raises what it raises at sizes that it does not take."""
+    source.tokens(torch.zeros(1, 3, frames, height, width, dtype=torch.uint8))
+
+
+def rehearse_clips(source: FeatureSource | AnticipationFeatures, clips: ClipProtocol, model: Model) -> None:
+    """Show a source of `model` a black clip of the recipe. Raises DoesNotFit that says which keys to set."""
+    frames, size = clips.frames, clips.size
+    if size % model.patch_size or (frames > 1 and frames % model.tubelet_size):
+        raise DoesNotFit(
+            f"clips.frames={frames} and clips.size={size} must be multiples of the tubelet of {model.tubelet_size} "
+            f"frames and of the patch of {model.patch_size} pixels: {round(size / 16) * model.patch_size} has as many "
+            "patches as this size has patches of 16"
+        )
+    if isinstance(source, AnticipationFeatures):
+        source.tokens(torch.zeros(1, 3, frames, size, size, dtype=torch.uint8), torch.ones(1))
+    else:
+        show(source, frames, size, size)
 
 
 # ------------------------------------------------------------------------------------------------------------- by name
@@ -184,8 +205,8 @@ class Padded:
 def load_models(specs: Sequence[str], *, device: torch.device | str = "cpu") -> list[Model]:
     """The models of `specs`, then those they are measured against.
 
-    A spec is PATH, `hf:FOLDER` or `untrained:SIZE`, each perhaps as NAME=SPEC. A single trained model is called
-    `trained`, several by their folders or files.
+    A spec is PATH, `hf:FOLDER`, `untrained:SIZE` or `py:FILE.py:FUNCTION`, each perhaps as NAME=SPEC. A single trained
+    model is called `trained`, several by their folders or files, a user's one of several by itself.
     """
     named = [_name_and_spec(spec) for spec in specs]
     num_trained = sum(not spec.startswith(f"{UNTRAINED}:") for _, spec in named)
@@ -207,6 +228,8 @@ def load_model(spec: str, *, device: torch.device | str = "cpu") -> EncoderModel
     if kind == HUGGING_FACE:
         source = load_transformers(rest, name=name, device=str(device))
         return ForeignModel(source.name, source)
+    if kind == USER:
+        return _user(name, rest, device)
     path = _existing(spec)
     return EncoderModel(name or path.stem, *_read(path, device))
 
@@ -225,6 +248,8 @@ def _load(name: str | None, spec: str, *, is_only: bool, device: torch.device | 
         source = load_transformers(rest, device=str(device))
         source = replace(source, name=name or (TRAINED if is_only else source.name))
         return ForeignModel(source.name, source), ForeignModel(UNTRAINED, _anew(source))
+    if kind == USER:
+        return _user(name or (TRAINED if is_only else None), rest, device), None
     path = _existing(spec)
     return _ours(name or (TRAINED if is_only else path.stem), path, device)
 
@@ -234,7 +259,8 @@ def _existing(spec: str) -> Path:
     if not path.exists():
         raise ValueError(
             f"--model {spec}: no such file or folder. Give a folder of an exported encoder, a released .pt, hf:FOLDER "
-            f"of transformers, or untrained:SIZE with one of {', '.join(list_models())}; nothing is downloaded by name"
+            f"of transformers, py:FILE.py:FUNCTION of your own, or untrained:SIZE with one of "
+            f"{', '.join(list_models())}; nothing is downloaded by name"
         )
     return path
 
@@ -261,6 +287,11 @@ def _untrained_size(name: str | None, size: str, device: torch.device | str) -> 
         raise ValueError(f"--model untrained:{size}: there is no such size; sizes: {', '.join(list_models())}")
     encoder = create_model(size, device="cpu", seed=0).to(device).eval()
     return EncoderModel(name or f"{UNTRAINED}_{size}", encoder)
+
+
+def _user(name: str | None, spec: str, device: torch.device | str) -> ForeignModel:
+    source = load_user(spec, device=str(device))
+    return ForeignModel(name or source.name, replace(source, name=name or source.name))
 
 
 def _anew(source: TransformersFeatures) -> TransformersFeatures:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evals.features import FeatureSource
 from evals.floors import Floor
-from evals.models import Model
+from evals.models import Model, rehearse_clips
 from evals.pooled_config import (
     ArrowOfTimeConfig,
     KnnConfig,
@@ -49,6 +49,9 @@ class Pooled:
 
     def column(self, model: Model | Floor) -> str:
         return model.name
+
+    def rehearse(self, model: Model) -> None:
+        rehearse_clips(model.last(), self.config.clips, model)
 
     def measure(self, model: Model | Floor, out: Path, world: World) -> list[Score]:
         assert not isinstance(model, Floor)  # there is none

@@ -24,6 +24,7 @@ from evals.clip_protocol import ClipReader
 from evals.features import FeatureSource
 from evals.grid import generator
 from evals.media import content_digest
+from evals.pace import Pace
 from evals.pooled_config import ClipReadout, PooledConfig
 from vjepa.train.distributed import ALONE, World
 
@@ -166,7 +167,9 @@ def read_files(
     kept: dict[int, tuple[str, Tensor]] = {}
 
     def read_mine() -> None:
+        pace = Pace("file", len(mine))
         for number, media, tokens in _encoded(features, paths, mine, config, skip_damaged, changes):
+            pace.at(len(kept))
             kept[number] = media.content, keep(number, media, tokens)
 
     world.on_all(read_mine)

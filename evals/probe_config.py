@@ -32,6 +32,7 @@ class ProbeData:
     train_files: str | None = None  # list of 'path label' lines in place of the set's own
     validation_files: str | None = None
     skip_missing: bool = False  # go on without files that are named and not on disk
+    skip_damaged: bool = False  # go on without files that cannot be decoded; in training the next one stands in
     held_out: float = 0.1  # share of training files on which the best head is chosen
 
     def __post_init__(self) -> None:
@@ -99,6 +100,7 @@ class ProbeConfig:
     source: str = ""  # where the figures are from
     data: ProbeData = MISSING
     clips: ClipProtocol = field(default_factory=ClipProtocol)
+    encoder_bf16: bool = True  # the frozen encoder under bf16 autocast, on CUDA only; the papers: fp16, EK100 bf16
     levels: list[int] = field(default_factory=lambda: [-1])  # blocks read, from 1, -1: the last, []: all with a norm
     head: AttentiveConfig = field(default_factory=AttentiveConfig)
     grid: GridConfig = field(default_factory=GridConfig)
@@ -119,7 +121,8 @@ class ProbeConfig:
                 "ek100 takes one clip by its rate, in one view: set clips.fps, clips.frame_step=null, clips.segments=1 "
                 f"and clips.views=1, not {self.clips}"
             )
-
+        if self.is_anticipation and (self.data.train_files or self.data.validation_files):
+            raise ValueError("ek100 reads its own tables: leave data.train_files and data.validation_files out")
         if min(self.workers, self.score_batch - 1) < 0:
             raise ValueError(f"workers={self.workers} must not be negative, score_batch={self.score_batch} at least 1")
         if self.cache.folder is not None and (self.is_anticipation or self.clips.validation_offset == "random"):

@@ -34,7 +34,7 @@ from evals.anticipation import (
 )
 from evals.attentive import AttentiveClassifier, AttentiveClassifiers, average_views
 from evals.clip_protocol import ClipReader, encode_clips
-from evals.epic_kitchens import Action, ActionClasses, EpicReader, EpicVideos, read_actions
+from evals.epic_kitchens import Action, ActionClasses, EpicReader, EpicVideos, actions_on_disk
 from evals.features import FeatureSource
 from evals.labelled_files import FileIndex, hold_out, read_index
 from evals.probe_config import ProbeConfig
@@ -235,7 +235,8 @@ class AnticipationTask:
     @classmethod
     def build(cls, config: ProbeConfig, source: AnticipationFeatures, **options: Any) -> AnticipationTask:
         """The task of a recipe; DataMissing where its tables are not there. Classes are those of all of training."""
-        train, validation = (read_actions(config.data.root, split) for split in ("train", "validation"))
+        root, skip = config.data.root, config.data.skip_missing
+        train, validation = (actions_on_disk(root, split, skip_missing=skip) for split in ("train", "validation"))
         classes = ActionClasses.of(train)
         keys = [f"{action.video}/{action.start}/{action.stop}" for action in train]
         rest, held = hold_out(keys, config.data.held_out, seed=config.seed)

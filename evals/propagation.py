@@ -26,8 +26,9 @@ from evals.videos import AnnotatedVideo, read_frame
 class PropagationConfig:
     """How masks are propagated. The defaults are those of V-JEPA 2.1 (paper appendix C, evaluation.md 1.5)."""
 
-    short_side: int = 480
-    """Pixels; both sides are rounded to the nearest multiple of the patch size."""
+    short_side: int | None = None
+    """Pixels; None is 480, and 420 for patches of 14, as in the paper. Both sides are rounded to the nearest multiple
+    of the patch size."""
     context: int = 15
     """Last frames that are looked at, besides those in which objects were given."""
     neighbourhood: Literal["circle", "square"] = "circle"
@@ -44,11 +45,15 @@ class PropagationConfig:
 
     def __post_init__(self) -> None:
         for name in ("short_side", "top_k", "temperature"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
         for name in ("context", "radius"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+
+    def side(self, patch_size: int) -> int:
+        """The short side of a frame for a model of this patch size."""
+        return self.short_side or (420 if patch_size == 14 else 480)
 
 
 PRESETS = {
@@ -84,7 +89,7 @@ def propagate(
         if memory is None and not entering:
             yield frame, np.zeros(size, dtype=np.uint8)
             continue
-        view = make_full_view(picture, input_size(size, config.short_side, patch_size))
+        view = make_full_view(picture, input_size(size, config.side(patch_size), patch_size))
         features = F.normalize(source.tokens(view[None])[0, 0].to(device), dim=-1)  # [h, w, D]
         memory = memory or Memory(features.shape[:2], 1 + len(ids), config)
         maps = memory.look_up(features)  # [O, h, w]

@@ -26,6 +26,14 @@ class NotThere(ValueError):
     """A set is not on the disk, or not whole; the message has the tree that was expected."""
 
 
+class Unsuited(ValueError):
+    """An evaluation makes no sense for a model; the message says why."""
+
+
+class DoesNotFit(Unsuited):
+    """A model cannot take pictures or clips of the recipe's size; the message says what to set."""
+
+
 @dataclass(frozen=True)
 class Focus:
     """A part of a segmentation: the accuracy over the tokens whose true class is one of these."""

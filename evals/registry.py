@@ -1,44 +1,20 @@
-"""Every evaluation by its name: its recipe, where its set lies, and how a model is measured by it.
-
-A kind of evaluation is a class here with `load` (a recipe under overrides), `open` (the set is there, and what it is)
-and `measure` (the scores of a model). `find` is all that a caller needs.
-"""
+"""Every evaluation by its name: its kind, its recipe, and where its set lies. `find` is all that a caller needs."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from PIL import Image
-
-from evals.dense_config import RECIPES, DenseConfig, load_depth, load_segmentation
-from evals.dense_fit import DenseResult
-from evals.dense_pictures import depth_picture, segmentation_picture
-from evals.dense_sets import DenseSet
-from evals.floors import DEPTH_FLOORS, SEGMENTATION_FLOORS, TRACKING_FLOORS, DenseFloor, Floor
-from evals.labelled_files import DataMissing
-from evals.labelled_suite import read_splits, score_source
-from evals.models import Model, PixelModel
-from evals.overlays import tracking_picture
+from evals.dense_config import RECIPES
+from evals.evaluations import Attentive, Dense, Evaluation, Labelled, Tracking
 from evals.pooled import Pooled
 from evals.pooled_config import list_pooled
-from evals.probe_config import ProbeConfig, list_recipes, load_probe
-from evals.propagation import PRESETS, PropagationConfig
-from evals.protocol import RGB, EvalConfig, Score
-from evals.references import RGB_PATCHES
-from evals.results import PICTURES
+from evals.probe_config import list_recipes
 from evals.suites import SUITES
-from evals.tasks import attentive_probe, linear_depth, linear_segmentation
-from evals.tasks.tracking import Tracker, dataset_means, track, tracking_scores
-from evals.videos import AnnotatedVideo, DatasetError, DatasetName, open_dataset, seen_categories
-from vjepa.config import ConfigError, config_hash, merge, resolve
-from vjepa.train.distributed import World
+from evals.videos import DatasetName
+from vjepa.config import ConfigError
 
 VIDEO_SETS: tuple[DatasetName, ...] = ("davis2016", "davis2017", "youtube_vos")
 FOLDERS: Mapping[str, tuple[str, ...]] = {  # what a set's own folder may be called, besides the evaluation's name
@@ -63,264 +39,10 @@ FOLDERS: Mapping[str, tuple[str, ...]] = {  # what a set's own folder may be cal
 }
 DENSE = ("ade20k", "cityscapes", "voc12", "camvid", "nyuv2", "kitti", "rgbd", *VIDEO_SETS)
 GLOBAL = ("ssv2", "k400", "diving48", "coin", "jester", "in1k", "ek100")
-NUM_PICTURED = 2  # first test images or videos in OUT/pictures/NAME/MODEL
 POOLED = tuple(list_pooled())  # questions to files of one's own, which have no folder of their own and are not in `all`
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "dense": DENSE, "global": GLOBAL, "pooled": POOLED, "all": (*DENSE, *GLOBAL),
 }  # fmt: skip
-
-
-Entrant = Model | Floor
-"""What is measured: a model, or what a set gives away without one."""
-
-
-class Evaluation(Protocol):
-    """One evaluation, ready to run."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def floors(self) -> tuple[str, ...]:
-        """Names of the floors that are measured beside the models, as Floor."""
-        ...
-
-    def open(self) -> str:
-        """Look for the set; a text of which files it is. Raises NotThere."""
-        ...
-
-    def numbers(self) -> str:
-        """A digest of what decides the numbers, the set apart."""
-        ...
-
-    def column(self, model: Entrant) -> str:
-        """The model's name in the rows."""
-        ...
-
-    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
-        """All scores of a model, the headline first, the same on all ranks, which call this together.
-
-        The main rank alone writes pictures. Raises Unsuited, on all ranks, where it makes no sense for the model.
-        """
-        ...
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
-
-
-# ----------------------------------------------------------------------------------------------- kinds of evaluation
-
-
-@dataclass
-class Dense:
-    """A head on the tokens of images: segmentation or depth."""
-
-    name: str
-    config: Any  # SegmentationConfig or DepthConfig, as `module` wants it
-    module: ModuleType
-    picture: Callable[[DenseResult, int, str], Image.Image]
-    floor: Mapping[str, DenseFloor]
-
-    @classmethod
-    def segmentation(cls, name: str, overrides: Sequence[str]) -> Dense:
-        return cls(
-            name, load_segmentation(name, overrides), linear_segmentation, segmentation_picture, SEGMENTATION_FLOORS
-        )
-
-    @classmethod
-    def depth(cls, name: str, overrides: Sequence[str]) -> Dense:
-        return cls(name, load_depth(name, overrides), linear_depth, depth_picture, DEPTH_FLOORS)
-
-    @property
-    def floors(self) -> tuple[str, ...]:
-        return tuple(self.floor)
-
-    @cached_property
-    def splits(self) -> tuple[DenseSet, DenseSet]:
-        return self.module.open_splits(self.config)
-
-    def open(self) -> str:
-        keys = [" ".join(item.key for item in split.items) for split in self.splits]
-        return f"{Path(self.config.data.root).resolve()} {keys}"
-
-    def numbers(self) -> str:
-        config: DenseConfig = self.config
-        return config.numbers()
-
-    def column(self, model: Entrant) -> str:
-        return model.name
-
-    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
-        if isinstance(model, Floor):
-            measure = self.floor[model.name]
-            return measure(*self.splits, self.config, patch_size=model.patch_size, world=world)
-        source = model.dense(self.config)
-        result = self.module.run(source, self.config, splits=self.splits, patch_size=model.patch_size, world=world)
-        for index in range(min(NUM_PICTURED, len(self.splits[1])) if world.is_main else 0):
-            picture = self.picture(result, index, model.name)
-            _save(picture, out / PICTURES / self.name / model.name / f"{index:02}.png")
-        return self.module.scores(result, self.config)
-
-
-@dataclass
-class TrackingData:
-    """Which videos, and where they lie."""
-
-    dataset: DatasetName = MISSING
-    root: str = MISSING  # the set's folder; nothing is downloaded
-    split: str = "val"
-    sequences: list[str] = field(default_factory=list)  # these videos alone; []: all of the split
-    seen: str | None = None  # YouTube-VOS: meta.json of the training set, whose categories are seen
-    skip_missing: bool = False  # leave out listed videos that are not there
-
-
-@dataclass
-class TrackingConfig:
-    """Masks carried along by features."""
-
-    data: TrackingData = field(default_factory=TrackingData)
-    preset: str = "vjepa21"  # one of evals.propagation.PRESETS, which `propagation` changes
-    propagation: PropagationConfig = field(default_factory=PropagationConfig)
-
-
-def load_tracking(name: str, overrides: Sequence[str]) -> TrackingConfig:
-    """The settings of a set's official protocol under `key=value` overrides; ConfigError for what cannot be."""
-    base = OmegaConf.create({"data": {"dataset": name}})
-    preset = merge(TrackingConfig, [base], overrides).preset
-    if preset not in PRESETS:
-        raise ConfigError(f"preset={preset} is unknown: choose one of {', '.join(PRESETS)}")
-    return resolve(TrackingConfig, [base, OmegaConf.create({"propagation": asdict(PRESETS[preset])})], overrides)
-
-
-@dataclass
-class Tracking:
-    """Video object segmentation without training."""
-
-    name: str
-    config: TrackingConfig
-    floors: tuple[str, ...] = TRACKING_FLOORS
-
-    @classmethod
-    def load(cls, name: str, overrides: Sequence[str]) -> Tracking:
-        return cls(name, load_tracking(name, overrides))
-
-    @cached_property
-    def videos(self) -> list[AnnotatedVideo]:
-        data = self.config.data
-        return open_dataset(
-            data.dataset, Path(data.root), split=data.split, sequences=data.sequences, skip_missing=data.skip_missing
-        )
-
-    def open(self) -> str:
-        frames = [f"{video.name} {' '.join(video.frames)}" for video in self.videos]
-        return f"{Path(self.config.data.root).resolve()} {frames}"
-
-    def numbers(self) -> str:
-        kept = asdict(self.config)
-        kept["data"].pop("root")
-        return config_hash(repr(kept))
-
-    def column(self, model: Entrant) -> str:
-        """Pixels go without their position here, and are called so."""
-        return model.name.replace(RGB, RGB_PATCHES, 1) if isinstance(model, PixelModel) else model.name
-
-    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
-        data, source = self.config.data, None if isinstance(model, Floor) else model.frames()
-        tracker = Tracker(self.column(model), source, model.patch_size)
-        masks = out / "masks" / self.name / tracker.name
-        objects = track(self.videos, tracker, self.config.propagation, masks, world=world)
-        for video in self.videos[:NUM_PICTURED] if world.is_main else []:
-            picture = tracking_picture(video, {tracker.name: masks})
-            _save(picture, out / PICTURES / self.name / tracker.name / f"{video.name}.png")
-        if not objects:
-            raise DatasetError(f"{self.name}: there are no true masks to score with; predictions are in {masks}")
-        seen = seen_categories(Path(data.seen)) if data.seen else None
-        return tracking_scores(data.dataset, dataset_means(data.dataset, objects, self.videos, seen))
-
-
-@dataclass
-class Attentive:
-    """An attentive probe of clips or images."""
-
-    name: str
-    config: ProbeConfig
-    floors: tuple[str, ...] = ()
-
-    @classmethod
-    def load(cls, name: str, overrides: Sequence[str]) -> Attentive:
-        return cls(name, load_probe(name, overrides))
-
-    def open(self) -> str:
-        return attentive_probe.describe_data(self.config)
-
-    def numbers(self) -> str:
-        return self.config.numbers()
-
-    def column(self, model: Entrant) -> str:
-        return model.name
-
-    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
-        assert not isinstance(model, Floor)  # there is none
-        return attentive_probe.evaluate(model.clips(self.config), self.config, world=world, about=model.identity)
-
-
-@dataclass
-class ShardData:
-    """Where the shards of a suite lie."""
-
-    root: str = MISSING  # a shard folder for each split
-
-
-@dataclass
-class LabelledConfig:
-    """A suite of questions on shards with labels of their own."""
-
-    data: ShardData = field(default_factory=ShardData)
-    seeds: int = 3  # times every probe is fitted
-
-
-@dataclass
-class Labelled:
-    """The demo's questions: all tasks of a suite of `suites.py` on its shards."""
-
-    name: str
-    config: LabelledConfig
-    floors: tuple[str, ...] = ()
-
-    @classmethod
-    def load(cls, name: str, overrides: Sequence[str]) -> Labelled:
-        return cls(name, resolve(LabelledConfig, [], overrides))
-
-    def open(self) -> str:
-        suite, root = SUITES[self.name], Path(self.config.data.root)
-        for split in (suite.train_split, suite.test_split):
-            if not (root / split).is_dir():
-                raise DataMissing(
-                    f"{self.name}: {root / split} is not there. Expected below data.root: shard folders "
-                    f"{suite.train_split}/ and {suite.test_split}/; python -m data_pipeline.prepare.digits makes them"
-                )
-        return f"{root.resolve()}"
-
-    def numbers(self) -> str:
-        return config_hash(f"{self.config.seeds} {SUITES[self.name].tasks}")
-
-    def column(self, model: Entrant) -> str:
-        return model.name
-
-    def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
-        assert not isinstance(model, Floor)  # there is none
-        return world.on_main(lambda: self._scores(model))  # too small to be shared
-
-    def _scores(self, model: Model) -> list[Score]:
-        suite, settings = SUITES[self.name], EvalConfig(seeds=tuple(range(self.config.seeds)))
-        train, test = read_splits(
-            suite, self.config.data.root, patch_size=model.patch_size, tubelet_size=model.tubelet_size
-        )
-        return score_source(suite, model.last(), train, test, settings)
-
-
-# ------------------------------------------------------------------------------------------------------------- by name
 
 
 def _recipes_of(task: str) -> list[str]:

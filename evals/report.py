@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from evals.comparison import Comparison
-from evals.protocol import MODELS, Row
+from evals.protocol import Row
 from evals.published import published_for
-from evals.results import PICTURES, format_cell, summarise
+from evals.results import PICTURES, columns, format_cell, summarise
 
 REPORT = "report.html"
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1c1f24;max-width:72rem;margin:2rem auto;padding:0 1rem}
@@ -39,8 +39,7 @@ def write_report(found: Comparison, out: Path, *, title: str) -> Path:
 
 
 def _measured(rows: Sequence[Row]) -> str:
-    present = {row.model for row in rows}
-    models = [name for name in MODELS if name in present] + sorted(present - set(MODELS))
+    models = columns(rows)
     metrics = {row.task: row.metric for row in rows}
     lines = [
         [task, metrics[task], *(format_cell(by_model[name]) if name in by_model else "" for name in models)]

@@ -6,7 +6,8 @@ import fcntl
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ def save(run: Path | str, rows: Sequence[Row]) -> None:
 def append_results(run: Path | str, rows: Sequence[Row]) -> Path:
     """Add rows to RUN/evals/results.jsonl, which keeps every measurement: all of them arrive, or none."""
     path = Path(run) / RESULTS
-    before = path.read_text() if path.is_file() else ""
-    _replace(path, before + "".join(json.dumps(row.to_json()) + "\n" for row in rows))
+    with _locked(path):
+        before = path.read_text() if path.is_file() else ""
+        _replace(path, before + "".join(json.dumps(row.to_json()) + "\n" for row in rows))
     return path
 
 
@@ -59,13 +61,20 @@ def merge_summary(run: Path | str, rows: Sequence[Row]) -> Path:
 def update_summary(run: Path | str, change: Callable[[dict[str, Any]], None]) -> Path:
     """Change what RUN/summary.json holds; one process at a time: evaluations may end while a training does."""
     path = Path(run) / SUMMARY
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{SUMMARY}.lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with _locked(path):
         summary = _read_summary(path)
         change(summary)
         _replace(path, json.dumps(summary, indent=2) + "\n")
     return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time reads a file and writes it again: evaluations may share a folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
 
 
 def read_summary_rows(run: Path | str) -> list[Row]:

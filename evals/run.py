@@ -11,10 +11,12 @@ suite: for `motion`, DIR/probe_train and DIR/test.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         action="append",
         required=True,
-        help="folder of an exported encoder, a released .pt, hf:FOLDER of transformers or untrained:SIZE, perhaps as "
-        "NAME=...; may be repeated",
+        help="folder of an exported encoder, a released .pt, hf:FOLDER of transformers, py:FILE.py:FUNCTION of your "
+        "own or untrained:SIZE, perhaps as NAME=...; may be repeated",
     )
     known = f"{', '.join(GROUPS)}, or names with commas between: {', '.join(LOADERS)}"
     parser.add_argument("--suite", required=True, help=f"which questions: {known}")
@@ -77,7 +79,7 @@ def run_shards(options: argparse.Namespace) -> None:
     suite, pretraining = SUITES[options.suite], read_pretraining(model)
     stage = options.stage or pretraining.get("stage") or model.stem
     seed = pretraining.get("seed", 0) if options.untrained_seed is None else options.untrained_seed
-    encoder = from_pretrained(model)
+    encoder = from_pretrained(model, device=options.device)
     train, test = read_splits(suite, options.data, patch_size=encoder.patch_size, tubelet_size=encoder.tubelet_size)
     config = EvalConfig(seeds=tuple(range(options.seeds)))
     init_std = pretraining.get("init_std", WEIGHT_STD)
@@ -94,6 +96,8 @@ def run_recipes(options: argparse.Namespace, world: World) -> None:
     """All models by all evaluations that were asked for, shared by the ranks; the main one prints and writes."""
     begin, out = time.monotonic(), options.out or OUT
     evaluations = find(options.suite, options.overrides)
+    if world.is_main:  # said now where it cannot be, not when there is something to keep
+        out.mkdir(parents=True, exist_ok=True)
     models = load_models(options.model, device=world.device)
     found = compare(
         evaluations,
@@ -113,6 +117,34 @@ def run_recipes(options: argparse.Namespace, world: World) -> None:
         print(f"wrote {write_report(found, out, title=title)}")
 
 
+@contextmanager
+def log_shown(*, is_main: bool) -> Iterator[None]:
+    """Lines of our log on standard error: how far long loops have come, from the main rank; warnings from all."""
+    logger, handler = logging.getLogger("evals"), logging.StreamHandler()
+    before = logger.level
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def device_of(name: str) -> str:
+    """The device of this name, `auto` being a GPU if any. ValueError where there is none."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: write cpu, cuda or cuda:NUMBER") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no CUDA device: use --device cpu")
+    return name
+
+
 def is_of_another_rank(error: RuntimeError) -> bool:
     """Whether this rank stopped because another did, which says why itself: a collective found nobody there."""
     return isinstance(error, dist.DistError) or "main rank stopped" in str(error) or "gloo" in str(error)
@@ -122,16 +154,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_intermixed_args(arguments)
     num_ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     try:
+        options.device = device_of(options.device)
         if options.data is None:
-            with init_world(options.device, PATIENCE) as world:
+            with init_world(options.device, PATIENCE) as world, log_shown(is_main=world.is_main):
                 run_recipes(options, world)
         elif num_ranks > 1:
             raise ValueError("--data runs in one process, without torchrun")
         else:
             run_shards(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {f'rank {rank}: ' if num_ranks > 1 else ''}{error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on behind the last evaluation that was finished", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         if num_ranks == 1 or not is_of_another_rank(error):
             raise

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.decode import frames_at, open_decoder
+from data_pipeline.decode import DecodeError, frames_at, open_decoder
 from evals.jf import Protocol
 from evals.protocol import NotThere
 
@@ -117,8 +117,11 @@ PALETTE = _palette()
 
 
 def read_frame(path: Path) -> Tensor:
-    """A picture, uint8 [1, C, H, W]. Raises DecodeError for damaged bytes."""
-    return frames_at(open_decoder(path.read_bytes(), "image"), np.zeros(1))
+    """A picture, uint8 [1, C, H, W]. Raises DatasetError for damaged bytes."""
+    try:
+        return frames_at(open_decoder(path.read_bytes(), "image"), np.zeros(1))
+    except DecodeError as error:
+        raise DatasetError(f"{path} is no readable image: {error}") from error
 
 
 # -------------------------------------------------------------------------------------------------- folders of masks

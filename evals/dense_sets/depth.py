@@ -16,6 +16,7 @@ from torch import Tensor
 from data_pipeline.transforms import Box
 from evals.dense_sets.files import PICTURES, below, files, first_of, missing, png, some, whole
 from evals.dense_sets.items import DenseItem, DenseSet, DenseSetError, FileItem, MaskName, evaluated
+from evals.media import stamp
 
 DepthName = Literal["nyuv2", "kitti", "rgbd"]
 
@@ -97,6 +98,9 @@ class MatItem:
 
     def content(self) -> str:
         return hashlib.sha256(self.image().numpy().tobytes()).hexdigest()
+
+    def stamp(self) -> str:
+        return stamp(Path(self.file.filename))
 
     def image(self) -> Tensor:
         return torch.from_numpy(self.file["images"][self.index]).transpose(1, 2).contiguous()  # stored [3, W, H]

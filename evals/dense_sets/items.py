@@ -15,6 +15,7 @@ from data_pipeline.decode import DecodeError, frames_at, open_decoder
 from data_pipeline.transforms import Box
 from evals.cache import file_digest
 from evals.dense_views import cut
+from evals.media import stamp
 from evals.protocol import NotThere
 
 MaskName = Literal["none", "eigen", "garg"]
@@ -31,6 +32,10 @@ class DenseItem(Protocol):
     def key(self) -> str: ...
     def content(self) -> str:
         """Digest of the image's bytes and of what is cut off it."""
+        ...
+
+    def stamp(self) -> str:
+        """Sizes and times of its files, by which a change is noticed without reading them."""
         ...
 
     def image(self) -> Tensor:
@@ -77,6 +82,9 @@ class FileItem:
 
     def content(self) -> str:
         return file_digest(self.picture) + ("" if self.box is None else f" {self.box(1000, 3000)}")
+
+    def stamp(self) -> str:
+        return f"{stamp(self.picture)} {stamp(self.truth_file)}"
 
     def image(self) -> Tensor:
         try:

@@ -5,7 +5,7 @@ that is stopped goes on where it was, and two ranks that split every batch learn
 """
 
 from evals.grid.draws import Draws, derived_seed, generator
-from evals.grid.fit import Batches, HeadGrid, Loss, autocast, fit_grid
+from evals.grid.fit import Batches, HeadGrid, Loss, fit_grid
 from evals.grid.noise import ChannelDropout, Place
 from evals.grid.score import MAX_OVER_HEADS, Choice, Meter, choose, score_heads
 from evals.grid.settings import SGD, AdamW, LearningRates, Optim, Schedule, Setting, grid
@@ -30,7 +30,6 @@ __all__ = [
     "Schedule",
     "Setting",
     "StateFile",
-    "autocast",
     "choose",
     "derived_seed",
     "fit_grid",

@@ -28,7 +28,10 @@ class Draws:
     def ordinals(self, step: int, world: World = ALONE) -> range:
         """This rank's places in the fit's global order."""
         if self.batch_size % world.size:
-            raise ValueError(f"batch_size={self.batch_size} does not divide among {world.size} ranks")
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide among {world.size} ranks: set a multiple of "
+                f"{world.size}, or start another number of ranks"
+            )
         each = self.batch_size // world.size
         first = step * self.batch_size + world.rank * each
         return range(first, first + each)

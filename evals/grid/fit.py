@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from evals.grid.draws import derived_seed
 from evals.grid.noise import ChannelDropout, Place
 from evals.grid.settings import AdamW, LearningRates, Optim, Schedule, Setting
 from evals.grid.state import FORMAT_VERSION, GridStateError, StateFile, read_state, write_state
+from evals.pace import Pace
 from vjepa.train.distributed import ALONE, World
 
 Batches = Callable[[int], tuple[Any, Any]]
@@ -82,8 +84,7 @@ class HeadGrid:
                 part.place = place
         head.train()
         head.zero_grad(set_to_none=True)
-        with autocast(self.world.device):
-            value = loss(head(features), labels, step=self.step)
+        value = loss(head(features), labels, step=self.step)
         value.backward()
         return value.detach()
 
@@ -99,6 +100,13 @@ class HeadGrid:
         flat = self.world.sum(torch.cat([each.flatten() for each in gradients])) / self.world.size
         for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+    def describe_losses(self) -> str:
+        """The smallest loss of this rank's last batch, and how many heads have none any more."""
+        losses = self.losses.tolist()
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        diverged = f", {len(losses) - len(finite)} of {len(losses)} heads diverged" if len(finite) < len(losses) else ""
+        return f"least loss {min(finite, default=math.nan):.4g}{diverged}"
 
     def _devices(self) -> list[int]:
         """CUDA devices whose generators a step may touch."""
@@ -164,8 +172,8 @@ def fit_grid(
     """Train a head for each setting with the same batches, from the same first weights, up to step `until` (the end).
 
     `make_head` is called with torch's generator at `seed`. With `state`, a fit goes on from the stored one, bit for bit
-    as if it had not been stopped; `about` says which data and features it is of. On CUDA heads run under bf16 autocast,
-    their weights stay fp32.
+    as if it had not been stopped; `about` says which data and features it is of. Numbers are fp32, but for what a head
+    does in bf16 itself: attention on CUDA.
 
     Raises GridStateError for a state of another fit.
     """
@@ -180,20 +188,16 @@ def fit_grid(
         about=about,
     )
     if state is not None and world.on_main(state.path.is_file):
-        read_state(found, state.path, world.device)
-    end = steps if until is None else min(until, steps)
+        read_state(found, state.path)
+    end, pace = steps if until is None else min(until, steps), Pace("step", steps, done=found.step)
     while found.step < end:
         found.train_step(*batches(found.step), loss)
+        pace.at(found.step, found.describe_losses)
         if on_step is not None:
             on_step(found)
         if state is not None and (found.step % state.every == 0 or found.step == end):
             world.on_main(lambda: write_state(found, state.path))
     return found
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA; elsewhere numbers stay as they are."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def on_device(value: Any, device: torch.device) -> Any:

@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from evals.grid.fit import autocast, on_device
+from evals.grid.fit import on_device
+from evals.pace import Pace
 from vjepa.train.distributed import ALONE, World
 
 MAX_OVER_HEADS = "max_over_heads"  # ends the name of the papers' number, whose head is chosen on what it is scored on
@@ -44,11 +45,12 @@ def score_heads(
     meters = [make_meter() for _ in heads]
     for head in heads:
         head.eval()
-    for features, labels in batches:
+    pace = Pace("scored batch")
+    for number, (features, labels) in enumerate(batches, start=1):
+        pace.at(number)
         features, labels = (on_device(value, world.device) for value in (features, labels))
         for head, meter in zip(heads, meters, strict=True):
-            with autocast(world.device):
-                outputs = head(features) if predict is None else predict(head, features)
+            outputs = head(features) if predict is None else predict(head, features)
             meter.update(outputs, labels)
     for meter in meters:
         meter.reduce(world)

@@ -51,10 +51,14 @@ def write_state(found: Stateful, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_state(found: Stateful, path: Path, device: torch.device) -> None:
-    """Set a grid to a stored state. Raises GridStateError where it is damaged or of another fit."""
+def read_state(found: Stateful, path: Path) -> None:
+    """Set a grid to a stored state. Raises GridStateError where it is damaged or of another fit.
+
+    It is read to the CPU: a second copy of heads and moments may not fit a GPU, and AdamW's counts of steps belong on
+    the CPU, or every update waits for the GPU to tell them.
+    """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise GridStateError(f"{path} is no readable state ({error}): delete it to fit anew") from error
     try:

@@ -1,40 +1,26 @@
 """Attentive probes trained: a grid of heads over one encoder pass, the best chosen on held-out training data.
 
-The tasks of `probe_task.py` say what is asked, `grid/` trains; this module joins the two. A step's videos are decoded
-ahead by loader processes where `workers` says so. Clips that are the same every time (held out and validation; training
-too with `augmented=false`) have their tokens cached where `cache.folder` is set.
+The tasks of `probe_task.py` say what is asked, `probe_tokens.py` reads, `grid/` trains; this module joins them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch import nn
 
 from evals.anticipation import AnticipationFeatures
-from evals.cache import Features, Request, open_features
-from evals.epic_kitchens import read_actions
+from evals.epic_kitchens import actions_on_disk
 from evals.features import FeatureSource
-from evals.grid import MAX_OVER_HEADS, Choice, Draws, HeadGrid, StateFile, choose, fit_grid, score_heads
+from evals.grid import MAX_OVER_HEADS, Choice, HeadGrid, StateFile, choose, fit_grid, score_heads
 from evals.labelled_files import Split, read_index
-from evals.media import content_digest
 from evals.probe_config import ProbeConfig
-from evals.probe_task import (
-    ActionClips,
-    AnticipationTask,
-    Batch,
-    ClassificationTask,
-    FileClips,
-    Part,
-    ProbeTask,
-    Score,
-)
+from evals.probe_task import AnticipationTask, ClassificationTask, Part, ProbeTask, Score
+from evals.probe_tokens import Tokens
 from evals.protocol import Score as Number
 from vjepa.train.distributed import ALONE, World
 
@@ -59,7 +45,7 @@ def describe_data(config: ProbeConfig) -> str:
     """A text of which files the recipe's set holds; DataMissing where they are not there."""
     data = config.data
     if config.is_anticipation:
-        found = [repr(read_actions(data.root, split)) for split in SPLITS]
+        found = [repr(actions_on_disk(data.root, split, skip_missing=data.skip_missing)) for split in SPLITS]
     else:
         files = {"train": data.train_files, "validation": data.validation_files}
         indices = [read_index(data.name, data.root, s, files=files[s], skip_missing=data.skip_missing) for s in SPLITS]
@@ -79,145 +65,6 @@ def validation_steps(config: ProbeConfig, videos: int) -> set[int]:
         return set()
     epochs = range(schedule.val_every, schedule.epochs, schedule.val_every)
     return {epoch * videos // schedule.batch_size for epoch in epochs} - {0, num_steps(config, videos)}
-
-
-# --------------------------------------------------------------------------------------------------- clips to tokens
-
-
-@dataclass(frozen=True)
-class TrainingClips(Dataset[Batch]):
-    """The training set without end: place in the fit's global order -> clip of its sample, of that turn's epoch."""
-
-    data: FileClips | ActionClips
-    draws: Draws
-    is_augmented: bool
-
-    def __len__(self) -> int:
-        return 2**62  # torch asks; places are given to it
-
-    def __getitem__(self, ordinal: int) -> Batch:
-        dataset = replace(self.data, epoch=ordinal // self.draws.count, is_train=self.is_augmented)
-        item = dict(dataset[self.draws.sample(ordinal)])
-        middle = len(item["clips"]) // 2  # training sees one view
-        return item | {"clips": item["clips"][middle : middle + 1]}
-
-
-class TrainingTokens:
-    """Step -> tokens and labels of this rank's part of its batch, the next ones being decoded in the meantime.
-
-    Steps come in order.
-    """
-
-    def __init__(self, task: ProbeTask, clips: TrainingClips, steps: int, workers: int, world: World) -> None:
-        self.task, self.clips, self.steps, self.workers, self.world = task, clips, steps, workers, world
-        self._next, self._batches = -1, iter(())
-
-    def __call__(self, step: int) -> tuple[Tensor, Any]:
-        if step != self._next:  # the first, or the one at which a stopped fit goes on
-            order = [list(self.clips.draws.ordinals(each, self.world)) for each in range(step, self.steps)]
-            self._batches = iter(DataLoader(self.clips, batch_sampler=order, num_workers=self.workers))
-        self._next = step + 1
-        batch = next(self._batches)
-        return self.task.tokens(batch), batch["labels"]
-
-
-@dataclass(frozen=True)
-class CachedClips:
-    """Tokens of clips that are the same every time, kept on the disk: decoded and encoded once for all epochs."""
-
-    data: FileClips
-    features: Features
-
-    def tokens(self, sample: int, *, middle: bool = False) -> Tensor:
-        """[V, S * N, D], or of the middle view alone [1, S * N, D]."""
-        protocol = self.data.reader.protocol
-        item = _Decoded(self.data, sample)
-        views = [protocol.views // 2] if middle else range(protocol.views)
-        about = f"{replace(protocol, augment=type(protocol.augment)())}"  # nothing is augmented
-        requests = [
-            Request(item.content, f"{about} view {view} segment {segment}", item.reader(view, segment))
-            for view in views
-            for segment in range(protocol.segments)
-        ]
-        tokens = self.features(requests).flatten(1, 3)  # [V * S, N, D]
-        return tokens.unflatten(0, (len(views), -1)).flatten(1, 2).float()
-
-    def labels(self, sample: int) -> int:
-        return self.data.index.labels[sample]
-
-
-@dataclass
-class _Decoded:
-    """One video, decoded when the first of its clips is wanted."""
-
-    data: FileClips
-    sample: int
-
-    @property
-    def content(self) -> str:
-        return content_digest(self.data.index.paths[self.sample])
-
-    @cached_property
-    def clips(self) -> Tensor:
-        return self.data[self.sample]["clips"]
-
-    def reader(self, view: int, segment: int) -> Any:
-        return lambda: self.clips[view, segment]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Where the tokens of each part come from."""
-
-    task: ProbeTask
-    config: ProbeConfig
-    features: Features | None = None
-    """A cache; None: everything is computed when it is wanted."""
-    world: World = ALONE
-
-    @classmethod
-    def of(cls, task: ProbeTask, config: ProbeConfig, world: World = ALONE) -> Tokens:
-        if config.cache.folder is None:
-            return cls(task, config, None, world)
-        assert isinstance(task, ClassificationTask)  # ProbeConfig refuses a cache for anticipation
-        cache = config.cache
-        features = open_features(task.source, cache.folder, max_gib=cache.max_gib, dtype=cache.dtype, world=world)
-        return cls(task, config, features, world)
-
-    def training(self, steps: int) -> Any:
-        """Step -> tokens [B, S * N, D] and labels."""
-        data = cast(FileClips | ActionClips, self.task.dataset("train"))
-        draws = Draws(len(data), self.config.schedule.batch_size, self.config.seed)
-        if self.features is not None and not self.config.augmented:
-            return self._cached_training(draws)
-        clips = TrainingClips(data, draws, self.config.augmented)
-        return TrainingTokens(self.task, clips, steps, self.config.workers, self.world)
-
-    def _cached_training(self, draws: Draws) -> Any:
-        assert self.features is not None
-        data = replace(cast(FileClips, self.task.dataset("train")), is_train=False)
-        clips = CachedClips(data, self.features)
-
-        def at(step: int) -> tuple[Tensor, Tensor]:
-            samples = [draws.sample(ordinal) for ordinal in draws.ordinals(step, self.world)]
-            tokens = torch.cat([clips.tokens(sample, middle=True) for sample in samples])
-            return tokens, torch.tensor([clips.labels(sample) for sample in samples])
-
-        return at
-
-    def scored(self, part: Part) -> Iterator[tuple[Tensor, Any]]:
-        """Tokens [B * V, S * N, D] and labels of this rank's share of a part, in order."""
-        data, size = self.task.dataset(part), self.config.score_batch
-        mine = range(self.world.rank, self.task.size(part), self.world.size)
-        if self.features is None:
-            for batch in DataLoader(Subset(data, mine), batch_size=size, num_workers=self.config.workers):
-                yield self.task.tokens(batch), batch["labels"]
-            return
-        clips = CachedClips(cast(FileClips, data), self.features)
-        for first in range(0, len(mine), size):
-            samples = mine[first : first + size]
-            labels = default_collate([clips.labels(sample) for sample in samples])
-            yield torch.cat([clips.tokens(sample) for sample in samples]), labels
 
 
 # ----------------------------------------------------------------------------------------------------- fit and score
@@ -289,7 +136,7 @@ def run(
         seed=config.seed,
         world=world,
         state=state,
-        about=f"{config.data} {about}",
+        about=_about(config, about) if state else "",
         on_step=validate,
     )
     values = score(found, "validation")
@@ -307,6 +154,12 @@ def _check_parts(task: ProbeTask, config: ProbeConfig) -> None:
             f"{config.data.name}: the part {empty[0]} is empty; data.held_out={config.data.held_out} of the training "
             "files are held out by a hash of their names, on them the best head is chosen"
         )
+
+
+def _about(config: ProbeConfig, features: str) -> str:
+    """What a state is of, beside its heads: clips, levels and all other settings, the files, the features."""
+    files = hashlib.sha256(describe_data(config).encode()).hexdigest()
+    return f"settings {config.numbers()}, files {files[:16]}, features {features}"
 
 
 def _state_name(config: ProbeConfig, source: FeatureSource | AnticipationFeatures) -> str:

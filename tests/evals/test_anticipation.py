@@ -25,9 +25,12 @@ from evals.augment import AugmentConfig
 from evals.clip_protocol import ClipProtocol
 from evals.epic_kitchens import Action, ActionClasses, EpicReader, EpicVideos, read_actions
 from evals.labelled_files import DataMissing
+from evals.probe_config import load_probe
+from evals.probe_task import AnticipationTask
+from evals.tasks.attentive_probe import describe_data
 from tests.evals.rendered import ramp, write_video
 from vjepa.batch import normalise
-from vjepa.config import PredictorSettings
+from vjepa.config import ConfigError, PredictorSettings
 from vjepa.nn.encoder import View
 from vjepa.registry import create_predictor
 
@@ -240,6 +243,26 @@ def test_frames_in_folders_are_read_at_their_own_rate(tmp_path: Path) -> None:
     reader = EpicReader(EpicVideos(tmp_path), epic_protocol(), AnticipationConfig())
     numbers = ((reader.validate(action)[0][0].float().mean(dim=(0, 2, 3)) - 10) / 3).round().long()
     assert numbers.tolist() == [2, 4, 6, 8]
+
+
+def test_videos_that_are_not_there_are_missed_before_anything_is_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_epic(tmp_path)
+    with (tmp_path / "EPIC_100_train.csv").open("a") as table:
+        table.write("f,P07_02,00:00:02.00,00:00:02.50,cut,7,leek,3\ng,P07_03,00:00:02.00,00:00:02.50,cut,7,leek,3\n")
+    (tmp_path / "P07" / "rgb_frames" / "P07_03").mkdir(parents=True)
+    config = load_probe("ek100", [f"data.root={tmp_path}"])
+    with pytest.raises(DataMissing, match=r"video P07_02 is not below(.|\n)*2 of 3 videos of train.*skip_missing=true"):
+        describe_data(config)
+    skipping = load_probe("ek100", [f"data.root={tmp_path}", "data.skip_missing=true", "data.held_out=.4"])
+    assert "P07" not in describe_data(skipping)
+    task = AnticipationTask.build(skipping, features(fps=8.0))
+    assert task.size("train") + task.size("held_out") == 3
+    assert task.classes.counts["verb"] == 2, "what is left out is no class"
+    assert "2 of 3 videos of train are not there; their actions are left out" in caplog.text
+    with pytest.raises(ConfigError, match=r"leave data\.train_files"):
+        load_probe("ek100", [f"data.root={tmp_path}", "data.train_files=mine.csv"])
 
 
 def test_what_is_missing_is_described(tmp_path: Path) -> None:

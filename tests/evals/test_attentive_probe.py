@@ -1,6 +1,7 @@
 """The engine trains attentive probes from files: motion is learnt, held-out data choose the head, caches agree."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,15 @@ import pytest
 import torch
 
 import vjepa
+from data_pipeline.decode import DecodeError
+from evals import probe_tokens
 from evals.dense_features import LevelFeatures
 from evals.features import EncoderFeatures
-from evals.grid import Draws
+from evals.grid import Draws, GridStateError
 from evals.probe_config import ProbeConfig, load_probe
-from evals.tasks.attentive_probe import Tokens, build_task, evaluate, num_steps, run, scores_of
+from evals.probe_tokens import Tokens, readable, stand_ins
+from evals.tasks import attentive_probe
+from evals.tasks.attentive_probe import build_task, evaluate, num_steps, run, scores_of
 from tests.evals.rendered import write_video
 from tests.evals.test_anticipation import features, make_epic
 from tests.evals.test_probe_task import render
@@ -93,6 +98,89 @@ def test_the_best_epoch_is_known_also_by_a_fit_that_goes_on(videos: Path, tmp_pa
     again = run(untrained(), kept)  # of the stored end: nothing is trained, the earlier epochs are known
     assert (again.grid.notes, again.best_of_epochs) == (result.grid.notes, result.best_of_epochs)
     assert once.best_of_epochs == once.choice.max_over_heads
+
+
+def test_a_state_goes_on_with_the_settings_and_files_it_is_of_alone(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other clips, levels or files ask for other heads, which have the same shapes."""
+    short = ["grid.lr=[1e-3]", "grid.weight_decay=[.1]", "schedule.epochs=1", "schedule.batch_size=16"]
+    fit = partial(config_of, videos, *short, f"state={tmp_path / 'state'}")
+    run(untrained(), fit(), about="weights")
+    for changed in ("clips.size=48", "clips.frames=4", "augmented=true", "head.eps=1e-6"):
+        with pytest.raises(GridStateError, match="belongs to another fit: data and features was settings"):
+            run(untrained(), fit(changed), about="weights")
+    with pytest.raises(GridStateError, match=r"features weights, now .* features others"):
+        run(untrained(), fit(), about="others")
+    monkeypatch.setattr(attentive_probe, "describe_data", lambda config: "other files")
+    with pytest.raises(GridStateError, match="belongs to another fit"):
+        run(untrained(), fit(), about="weights")
+
+
+def test_a_cached_file_is_read_for_its_digest_once(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    digest = probe_tokens.content_digest
+    monkeypatch.setattr(probe_tokens, "content_digest", lambda path: (read.append(path), digest(path))[1])
+    several = ["clips.segments=2", "schedule.epochs=3", "schedule.batch_size=48", f"cache.folder={tmp_path}"]
+    run(untrained(), config_of(videos, "grid.lr=[1e-3]", "grid.weight_decay=[.1]", "schedule.val_every=1", *several))
+    assert read
+    assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_video_is_named_or_skipped_with_a_word(
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one line, from a loader process too; cached tokens are of the same files as live ones."""
+    root = render(tmp_path / "videos", train=6, validation=2)
+    for split in ("train", "val"):
+        (root / split / "left" / "0.mp4").write_bytes(b"this is no video")
+    short = [
+        "grid.lr=[1e-3]",
+        "grid.weight_decay=[.1]",
+        "schedule.epochs=2",
+        "schedule.batch_size=8",
+        f"workers={workers}",
+    ]
+    with pytest.raises(
+        DecodeError, match=r"^\S+left/0.mp4: [^\n]+\. data.skip_damaged=true goes on without such files$"
+    ):
+        run(untrained(), config_of(root, *short))
+    skipping = config_of(root, *short, "data.skip_damaged=true", "data.held_out=.01")
+    live = run(untrained(), skipping)
+    assert live.values[0]["accuracy"] * 7 == pytest.approx(round(live.values[0]["accuracy"] * 7)), "7 of 8 are scored"
+    cached = run(untrained(), replace(skipping, cache=replace(skipping.cache, folder=str(tmp_path / "cache"))))
+    assert cached.values == live.values
+    for mine, theirs in zip(cached.head.parameters(), live.head.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert f"{Path('train') / 'left' / '0.mp4'}" in caplog.text
+    assert "skipped" in caplog.text
+
+
+def test_what_stands_in_is_the_next_file_and_no_more_than_ten_are_tried() -> None:
+    def read(sample: int) -> int:
+        if sample in (3, 4):
+            raise DecodeError(f"{sample} is damaged")
+        return 10 * sample
+
+    assert stand_ins(3, 5) == [3, 4, 0, 1, 2]
+    assert len(stand_ins(3, 50)) == 10
+    assert readable(read, stand_ins(3, 5), skip=True) == (0, 0)
+    assert readable(read, [3, 4], skip=True) is None
+    with pytest.raises(DecodeError, match="3 is damaged"):
+        readable(read, stand_ins(3, 5), skip=False)
+
+
+def test_the_order_of_a_long_fit_is_made_as_it_is_wanted(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, asked = config_of(videos, "schedule.batch_size=8"), list[int]()
+    ordinals = Draws.ordinals
+    monkeypatch.setattr(
+        Draws, "ordinals", lambda self, step, world: (asked.append(step), ordinals(self, step, world))[1]
+    )
+    Tokens.of(build_task(config, untrained()), config).training(1000)(990)
+    assert asked == [990]
 
 
 def test_training_clips_are_augmented_by_their_turn(videos: Path) -> None:

@@ -174,6 +174,18 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         ClipReader(protocol()).validate(tmp_path / "bad.mp4", ordinal=0)
 
 
+def test_a_damaged_frame_of_a_folder_is_named_and_so_is_one_of_another_size(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number:05}.png")
+    reader = ClipReader(protocol(segments=1, views=1, frame_step=1))
+    (tmp_path / "00001.png").write_bytes(b"this is no picture")
+    with pytest.raises(DecodeError, match=f"{tmp_path.name}: frame 00001.png: "):
+        reader.validate(tmp_path, ordinal=0)
+    Image.new("RGB", (16, 24)).save(tmp_path / "00001.png")
+    with pytest.raises(DecodeError, match=r"frame 00001\.png is \[24, 16\], the first \[16, 16\]"):
+        reader.validate(tmp_path, ordinal=0)
+
+
 def test_tokens_of_a_videos_clips_lie_side_by_side() -> None:
     source = PixelFeatures(patch_size=8, tubelet_size=2)
     clips = torch.randint(0, 256, (2, 3, 3, 4, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import torch
 
 from data_pipeline.transforms import Box
 from evals.dense_config import ViewConfig
-from evals.dense_fit import Plan
+from evals.dense_images import Plan
 from evals.dense_views import (
     assemble,
     brighten,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import vjepa
+from evals import cache as cache_module
+from evals.adapters import CallableFeatures
 from evals.cache import (
     CachedFeatures,
     CacheError,
@@ -77,7 +79,7 @@ def test_a_smaller_dtype_gives_the_same_live_and_cached(tmp_path: Path, dtype: s
     assert live(requests).element_size() == 2
 
 
-def test_a_key_says_all_that_features_depend_on(tmp_path: Path) -> None:
+def test_a_key_says_all_that_features_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FeatureCache(tmp_path)
     cached = CachedFeatures.of(Counting(), cache)
     others = [
@@ -86,7 +88,11 @@ def test_a_key_says_all_that_features_depend_on(tmp_path: Path) -> None:
         cached.key(request(1)),
         cached.key(request(0, "mirrored")),
     ]
-    assert len({cached.key(request(0)), *others}) == 5
+    before = cached.key(request(0))
+    with monkeypatch.context() as newer:
+        newer.setattr(cache_module, "CLIPS_VERSION", 2)
+        others.append(cached.key(request(0)))
+    assert len({before, *others}) == 6
     assert CachedFeatures.of(Counting(name="renamed"), cache).key(request(0)) == cached.key(request(0))
 
 
@@ -186,3 +192,20 @@ def fill_on_this_rank(folder: Path) -> tuple[int, bool]:
 @pytest.mark.distributed
 def test_ranks_fill_a_cache_in_shares(tmp_path: Path) -> None:
     assert on_ranks(2, fill_on_this_rank, tmp_path) == [(3, True), (3, True)]
+
+
+def test_what_float16_cannot_hold_is_refused_and_a_large_sum_is_not() -> None:
+    large = Request("c", "v", lambda: torch.full((3, 1, 32, 32), 255, dtype=torch.uint8))
+    source = CallableFeatures("big", lambda clips: torch.full((len(clips), 4, 8), 6e4), 16)
+    assert LiveFeatures(source, "float16")([large]).max() == 6e4
+    beyond = CallableFeatures("bigger", lambda clips: torch.full((len(clips), 4, 8), 7e4), 16)
+    assert LiveFeatures(beyond)([large]).isfinite().all()
+    with pytest.raises(ValueError, match=r"bigger are not finite: .* overflow as torch.float16"):
+        LiveFeatures(beyond, "float16")([large])
+
+
+def test_a_function_says_what_its_features_depend_on() -> None:
+    function = CallableFeatures("mine", lambda clips: clips, 16)
+    with pytest.raises(ValueError, match="features of mine cannot be cached: CallableFeatures does not say"):
+        source_identity(function)
+    assert source_identity(replace(function, identity="weights of May")) == "weights of May"

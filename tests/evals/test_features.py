@@ -8,6 +8,7 @@ from torch import Tensor
 
 import vjepa
 from evals.datasets import LabelledClips
+from evals.dense_features import LevelFeatures
 from evals.features import (
     EncoderFeatures,
     FeatureSource,
@@ -45,6 +46,17 @@ def test_features_are_the_encoders_tokens_of_normalised_clips() -> None:
 def test_the_batch_size_changes_nothing() -> None:
     encoder, clips = tiny_encoder(), random_clips()
     torch.testing.assert_close(extract(encoder, clips, batch_size=1), extract(encoder, clips, batch_size=5))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_no_numbers_are_refused(value: float) -> None:
+    """Every metric would give a number for them: mIoU .10, k-NN chance."""
+    encoder, clips = vjepa.create_model("vit_debug", seed=0), torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8)
+    with torch.no_grad():
+        encoder.get_parameter(f"norms.{len(encoder.levels) - 1}.bias")[3] = value
+    for source in (EncoderFeatures("mine", encoder), LevelFeatures("mine", encoder)):
+        with pytest.raises(ValueError, match="the features of mine are not finite: its weights are broken"):
+            source.tokens(clips)
 
 
 def test_extraction_is_fp32_under_autocast_and_leaves_the_mode_as_it_was() -> None:

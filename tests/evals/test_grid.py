@@ -148,6 +148,15 @@ def test_a_stopped_fit_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
+def test_a_state_is_read_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of steps on a GPU would make every update of AdamW wait for it; a copy of all heads may not fit there."""
+    state, load, places = StateFile(tmp_path / "state.pt"), torch.load, list[object]()
+    fit(state=state, until=2)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: (places.append(options), load(*args, **options))[1])
+    fit(state=state)
+    assert places == [{"map_location": "cpu", "weights_only": True}]
+
+
 def test_a_resumed_fit_repeats_no_step(tmp_path: Path) -> None:
     state = StateFile(tmp_path / "state.pt", every=4)
     seen: list[int] = []

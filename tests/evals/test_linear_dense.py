@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 import vjepa
 from evals import floors
+from evals.cache import LiveFeatures, Request
 from evals.dense_config import DepthConfig, SegmentationConfig, load_depth, load_segmentation
 from evals.dense_features import LevelFeatures, RgbPosition
-from evals.dense_sets import DenseSetError
+from evals.dense_images import Ahead, Images
+from evals.dense_sets import DenseSetError, open_segmentation
 from evals.features import FeatureSource
 from evals.grid import GridStateError, Setting
 from evals.metrics import ConfusionMatrix
@@ -149,9 +152,52 @@ def test_augmentation_trains_on_views_drawn_by_seed_and_ordinal(camvid: Path) ->
     )  # fmt: skip
     first = linear_segmentation.evaluate(Colours(), drawn)
     assert first == linear_segmentation.evaluate(Colours(), drawn)
+    ahead = replace(drawn, workers=2)
+    assert first == linear_segmentation.evaluate(Colours(), ahead), "whoever reads them"
+    assert ahead.numbers() == drawn.numbers()
     assert headline(first) > 0.5
     with pytest.raises(ValueError, match=r"nothing would be found again"):
         replace(drawn, cache=replace(drawn.cache, folder="somewhere"))
+
+
+def test_threads_read_the_images_of_the_next_steps_and_no_others() -> None:
+    made: list[tuple[int, bool]] = []
+    here = threading.current_thread()
+
+    def view(ordinal: int) -> tuple[Request, Tensor]:
+        made.append((ordinal, threading.current_thread() is here))
+        return Request("content", str(ordinal), Tensor), torch.zeros(1)
+
+    def views_of(workers: int) -> Ahead:
+        return Ahead(view, lambda step: range(2 * step, 2 * step + 2), 5, workers)
+
+    def asked(ahead: Ahead, step: int) -> list[str]:
+        return [request.view for request, _ in ahead(step)]
+
+    plain, ahead = views_of(0), views_of(1)  # one thread: what is submitted first is made first
+    assert asked(plain, 1) == ["2", "3"]
+    assert made == [(2, True), (3, True)]
+    made.clear()
+    assert [asked(ahead, step) for step in (1, 2, 3, 4)] == [["2", "3"], ["4", "5"], ["6", "7"], ["8", "9"]]
+    assert sorted(made) == [(ordinal, False) for ordinal in range(2, 10)], "each once, none behind the last step"
+
+
+def test_an_image_is_decoded_once_for_all_of_its_windows(camvid: Path) -> None:
+    config = segmentation(camvid, "view.crop=[16,32]", "view.stride=16", "view.short_side=48")
+    data = open_segmentation("camvid", camvid, "test")
+    decoded: list[int] = []
+
+    class Item:
+        key, content, truth = data.items[0].key, data.items[0].content, data.items[0].truth
+
+        def image(self) -> Tensor:
+            decoded.append(1)
+            return data.items[0].image()
+
+    counted = replace(data, items=(Item(),))  # pyright: ignore[reportArgumentType]
+    tokens, plan = Images(counted, LiveFeatures(Colours()), 16, IGNORE).one(0, config.view, mirrored=True)[0]
+    assert len(tokens) == 2 * len(plan.windows) > 8
+    assert len(decoded) == 1
 
 
 def test_mirrored_training_views_keep_image_and_truth_together(camvid: Path) -> None:
@@ -384,6 +430,13 @@ def test_the_papers_figures_are_the_defaults_of_their_recipes() -> None:
 def test_what_a_recipe_cannot_mean_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_segmentation("ade20k", ["data.root=/", override])
+
+
+@pytest.mark.parametrize("split", ["100:30", "700:", ":9", "0:600", "train"])
+def test_splits_are_taken_as_they_are_written(split: str) -> None:
+    """On a command line nobody writes quotes; 100:30 was 6030."""
+    for value in (split, f"'{split}'"):
+        assert load_depth("rgbd", ["data.root=x", f"data.train_split={value}"]).data.train_split == split
 
 
 def test_a_recipe_without_root_or_of_another_name_is_refused() -> None:

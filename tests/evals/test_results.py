@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_results_grow_and_the_summary_keeps_the_newest(tmp_path: Path) -> None:
     lines = (tmp_path / "evals" / "results.jsonl").read_text().splitlines()
     assert [Row(**json.loads(line)) for line in lines] == [ROW, untrained, again, early]
     assert read_summary_rows(tmp_path) == [again, untrained, early]
+
+
+def append_many(folder: Path, seed: int) -> None:
+    for value in range(30):
+        append_results(folder, [replace(ROW, seed=seed, value=float(value))])
+
+
+def test_two_processes_that_share_a_folder_lose_no_row(tmp_path: Path) -> None:
+    processes = [multiprocessing.get_context("fork").Process(target=append_many, args=(tmp_path, n)) for n in (1, 2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len((tmp_path / "evals" / "results.jsonl").read_text().splitlines()) == 60
 
 
 def test_points_of_the_training_curve_never_mix_with_the_finished_stage(tmp_path: Path) -> None:

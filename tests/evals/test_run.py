@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import vjepa
+from evals import pace
 from evals.cache import encoder_identity
 from evals.comparison import compare, rows_by_digest
 from evals.models import EncoderModel, ForeignModel, PixelModel, load_models
@@ -17,6 +19,7 @@ from evals.published import PUBLISHED
 from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
 from evals.results import read_summary_rows
 from evals.run import main
+from evals.tasks import tracking
 from evals.videos import write_mask
 from tests.evals.dense_scenes import write_camvid, write_rgbd
 from tests.evals.rows import rows_of
@@ -253,10 +256,159 @@ def test_anticipation_is_for_models_with_a_predictor(tmp_path: Path) -> None:
     assert [each.partition(":")[0] for each in found.unsuited] == ["ek100, without", "ek100, rgb"]
 
 
+def test_a_set_whose_files_have_changed_is_another_set(tmp_path: Path) -> None:
+    """Labels mended in place: the names are the same."""
+    write_camvid(tmp_path / "camvid", {"train": 6, "test": 2})
+    write_davis(tmp_path / "DAVIS")
+    for split in ("probe_train", "test"):
+        (tmp_path / "motion" / split).mkdir(parents=True)
+        (tmp_path / "motion" / split / "digits-000000.index.jsonl").write_text('{"sha256": "0"}')
+    asked = find("camvid,davis2017,motion", [f"data.root={tmp_path}"])
+    before = [each.open() for each in asked]
+    asked = find("camvid,davis2017,motion", [f"data.root={tmp_path}"])
+    assert [each.open() for each in asked] == before
+    for changed in (
+        next((tmp_path / "camvid" / "labels" / "test").iterdir()),
+        tmp_path / "DAVIS" / "Annotations" / "480p" / "down" / "00002.png",
+        next((tmp_path / "motion" / "test").glob("*.index.jsonl")),
+    ):
+        changed.write_bytes(changed.read_bytes() + b" ")
+    asked = find("camvid,davis2017,motion", [f"data.root={tmp_path}"])
+    assert all(mine != theirs for mine, theirs in zip([each.open() for each in asked], before, strict=True))
+
+
+def test_long_loops_say_how_far_they_are(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "SECONDS", 0.0)
+    command = ["--model", str(model), "--suite", "camvid", "--out", str(tmp_path), f"data.root={sets}", *SHORT[:5]]
+    assert main([*command, "fit.lrs=[5.0e-3,1.0e+30]"]) == 0
+    said = capsys.readouterr().err
+    line = r"\n  step 10 of 20, [\d.]+ a second, 0:00:00 left, least loss [\d.]+, 1 of 2 heads diverged\n"
+    assert len(re.findall(line, said)) == 3, "a line for each of the models"
+    assert "\n  scored batch 2, " in said
+    assert main(command) == 0
+    assert len(re.findall("\n  step 10 of 20", capsys.readouterr().err)) == 3, "nothing is shown twice"
+
+
+def test_a_stopped_command_says_that_it_goes_on(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(tracking, "score_video", stop)
+        assert main(arguments(sets, model, tmp_path)) == 130
+    assert capsys.readouterr().err.endswith(
+        "\nstopped; the same command goes on behind the last evaluation that was finished\n"
+    )
+    assert main(arguments(sets, model, tmp_path)) == 0
+    assert capsys.readouterr().err.count("done before") == 4, "CamVid, of three models and a floor"
+
+
+def test_what_cannot_be_kept_is_said_before_it_is_measured(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(arguments(sets, model, tmp_path / "file" / "out")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno 20] Not a directory: ")
+    assert said.count("\n") == 1
+
+
+def test_the_device_is_checked_and_used_by_both_forms(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, reason in (("cuda", "torch sees no CUDA device: use --device cpu"), ("gpu", "write cpu, cuda")):
+        assert main([*arguments(sets, model, tmp_path), "--device", name]) == 2
+        assert f"error: --device {name}: {reason}" in capsys.readouterr().err
+
+    def load(path: Path, *, device: str) -> None:
+        raise ValueError(f"{path.name} on {device}")
+
+    monkeypatch.setattr("evals.run.from_pretrained", load)
+    assert main(["--model", str(model), "--suite", "motion", "--data", str(tmp_path), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "error: primary on cpu\n"
+
+
 def test_a_measurement_that_fails_says_of_what(tmp_path: Path, sets: Path) -> None:
     asked = find("camvid", [f"data.root={sets}", "view.crop=[40,40]"])
     with pytest.raises(ValueError, match=r"camvid, rgb: view.crop=\[40, 40\] must be multiples of the patch size 16"):
         compare(asked, [PixelModel(16, 2)], tmp_path, stage="frozen")
+
+
+def test_what_fits_no_model_is_refused_before_anything_is_measured(tmp_path: Path, sets: Path) -> None:
+    write_rgbd(tmp_path / "rgbd", 4)
+    asked = find("camvid,rgbd", [f"data.root={sets}", f"rgbd.data.root={tmp_path / 'rgbd'}", *SHORT[:5],
+                                 "rgbd.augment.crop=[40,48]", "rgbd.data.test_split='0:'"])  # fmt: skip
+    with pytest.raises(ValueError, match=r"rgbd, rgb: augment.crop=\[40, 48\] .*patch size 16: \[32, 48\] has as many"):
+        compare(asked, [PixelModel(16, 2)], tmp_path / "out", stage="frozen")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_take_pictures_of_a_set_is_left_out(tmp_path: Path, sets: Path) -> None:
+    """V-JEPA 2 of transformers has one size, another model has patches that do not fit: the rest is measured."""
+    theirs, dino = save(tmp_path / "theirs", tiny_vjepa2()), save(tmp_path / "dino", tiny_dinov2())
+    models = load_models([f"v2=hf:{theirs}", f"dino=hf:{dino}", f"ours={theirs}"])
+    found = compare(find("camvid", [f"data.root={sets}", *SHORT[:5]]), models, tmp_path / "out", stage="frozen")
+    left_out = {line.partition(":")[0].removeprefix("camvid, ") for line in found.unsuited}
+    assert left_out == {"v2", "untrained_v2", "dino", "untrained_dino", "rgb_14"}
+    assert "it takes 16x16 alone" in found.unsuited[0]
+    assert {row.model for row in found.rows} == {"ours", "untrained_ours", "rgb", "location_prior"}
+
+
+USERS = """
+import torch
+from evals.adapters import CallableFeatures
+
+def load(device):
+    def colours(clips):  # [B, 3, T, H, W] -> the mean colour of each patch of 8 pixels
+        return torch.nn.functional.avg_pool3d(clips, (1, 8, 8)).flatten(2).transpose(1, 2)
+    return CallableFeatures("colours", colours, 8, device=device, identity="colours, 1")
+
+def nameless(device):
+    return CallableFeatures("colours", print, 8)
+
+def other(device):
+    return print
+"""
+
+
+def test_a_users_own_encoder_is_measured_by_the_command(tmp_path: Path, sets: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(USERS)
+    command = ["--suite", "camvid", "--out", str(tmp_path), f"data.root={sets}", *SHORT[:5]]
+    assert main(["--model", f"py:{file}:load", "--model", f"again=py:{file}:load", *command]) == 0
+    values = {row.model: row.value for row in rows_of(tmp_path) if row.task == "linear_segmentation_camvid"}
+    assert set(values) == {"colours", "again", "rgb", "location_prior"}
+    assert values["colours"] == values["again"] > 0.4, "classes are colours"
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("mine.py:nothing", "has no function nothing; write py:FILE.py:FUNCTION"),
+        ("mine.py:nameless", "give its CallableFeatures an identity"),
+        ("mine.py:other", "other gave builtin_function_or_method; write"),
+        ("missing.py:load", r"there is no file .*missing\.py"),
+    ],
+)
+def test_what_is_wrong_with_a_users_file_is_said(tmp_path: Path, spec: str, reason: str) -> None:
+    (tmp_path / "mine.py").write_text(USERS)
+    with pytest.raises(ValueError, match=reason):
+        load_models([f"py:{tmp_path / spec}"])
+
+
+def test_every_model_has_a_state_of_its_own(tmp_path: Path, sets: Path) -> None:
+    models = [PixelModel(16, 2), PixelModel(8, 2, "rgb_8")]
+    asked = find("camvid", [f"data.root={sets}", *SHORT[:5], f"fit.state={tmp_path / 'state'}"])
+    compare(asked, models, tmp_path / "out", stage="frozen")
+    assert {path.stem for path in (tmp_path / "state").iterdir()} == {
+        "linear_segmentation_camvid_rgb",
+        "linear_segmentation_camvid_rgb_8",
+    }
 
 
 def test_a_probe_and_its_rivals_are_trained_by_the_same_command(tmp_path: Path) -> None:

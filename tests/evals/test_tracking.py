@@ -97,6 +97,14 @@ def test_an_object_that_enters_late_exists_from_its_first_mask_on(data: Path, tm
     assert min(each.j_and_f for each in scores) > 0.9
 
 
+def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
+    write_video(tmp_path, "broken", [{1: (8, 24, 8, 24)}] * 3)
+    (video,) = open_dataset("folder", tmp_path)
+    video.frames["00001"].write_bytes(b"this is no picture")
+    with pytest.raises(DatasetError, match=r"JPEGImages/broken/00001\.\w+ is no readable image: "):
+        track([video], Tracker("rgb_patches", RgbPatches(16)), SMALL, tmp_path / "masks")
+
+
 def test_frames_before_the_first_object_are_background(data: Path) -> None:
     (video,) = open_dataset("folder", data, sequences=["moving"])
     video = replace(video, entry_frames={1: "00002"})
@@ -174,8 +182,14 @@ def test_the_input_has_the_short_side_asked_for_in_whole_patches() -> None:
 
 def test_presets_are_the_papers() -> None:
     """V-JEPA 2.1: 15 frames, circle 12, top-5, T .2. DINO's script: 7 frames, square 12, top-5, T .1, stretched."""
-    assert PRESETS["vjepa21"] == PropagationConfig(480, 15, "circle", 12, 5, 0.2, False)
-    assert PRESETS["dino"] == PropagationConfig(480, 7, "square", 12, 5, 0.1, True)
+    assert PRESETS["vjepa21"] == PropagationConfig(None, 15, "circle", 12, 5, 0.2, False)
+    assert PRESETS["dino"] == PropagationConfig(None, 7, "square", 12, 5, 0.1, True)
+
+
+def test_patches_of_14_see_frames_of_420_and_others_of_480() -> None:
+    """V-JEPA 2.1, appendix C; a side that is asked for holds for all."""
+    assert [PropagationConfig().side(patch) for patch in (8, 14, 16)] == [480, 420, 480]
+    assert [PropagationConfig(56).side(patch) for patch in (14, 16)] == [56, 56]
 
 
 def test_rgb_patches_are_the_means_of_a_grid_of_cells() -> None:
