@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -13,15 +14,31 @@ from av.video.stream import VideoStream
 
 from data_pipeline.media import DecodeError
 
+SCALER_THREADS = 1
+"""Of FFmpeg's scaler, which would otherwise take a thread for each core of the machine, in every worker.
+
+PyAV 19 keeps a scaler for each of Python's threads: one with threads, alive when a process is forked, is freed in the
+child, which waits for ever for threads that it does not have.
+"""
+
 
 def quarter_turns(rotation: float) -> int:
     """Counter-clockwise quarter turns (as `numpy.rot90` counts) that show a frame upright."""
     return round(rotation / 90) % 4
 
 
+# From PyAV 19 on titles that are no UTF-8 are always read, and the argument that asks for it is an error.
+_ANY_TITLE: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+
+
+def open_video(file: str | BinaryIO) -> InputContainer:
+    """A container over a path or a file; a title that is no UTF-8 does not make a video unreadable."""
+    return av.open(file, mode="r", **_ANY_TITLE)
+
+
 def open_bytes(data: bytes) -> InputContainer:
-    """A container over a file's bytes; a title that is no UTF-8 does not make a video unreadable."""
-    return av.open(io.BytesIO(data), mode="r", metadata_errors="replace")
+    """`open_video` over a file's bytes."""
+    return open_video(io.BytesIO(data))
 
 
 @contextlib.contextmanager
@@ -34,7 +51,7 @@ def open_container(data: bytes | Path) -> Iterator[InputContainer]:
         with open_bytes(data) as container:
             yield container
     else:
-        with NamelessFile(data) as file, av.open(file, mode="r", metadata_errors="replace") as container:
+        with NamelessFile(data) as file, open_video(file) as container:
             yield container
 
 

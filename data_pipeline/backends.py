@@ -14,7 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.avfile import NamelessFile, frame_stamps, open_container, quarter_turns, video_stream
+from data_pipeline.avfile import (
+    SCALER_THREADS,
+    NamelessFile,
+    frame_stamps,
+    open_container,
+    quarter_turns,
+    video_stream,
+)
 from data_pipeline.media import DecodeError, MediaInfo, check_info
 from data_pipeline.picture import upright_rgb
 
@@ -120,7 +127,7 @@ class PyAvDecoder:
             for frame in container.decode(stream):
                 stamp = frame.pts if frame.pts is not None else frame.dts
                 if stamp in wanted and stamp not in found:
-                    found[stamp] = np.rot90(frame.to_ndarray(format="rgb24"), self._turns)
+                    found[stamp] = np.rot90(frame.to_ndarray(format="rgb24", threads=SCALER_THREADS), self._turns)
                 if len(found) == len(wanted) or (seek and stamp is not None and stamp > last):
                     break
         if len({frame.shape for frame in found.values()}) > 1:

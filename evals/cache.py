@@ -54,6 +54,14 @@ class Request:
     """uint8 [C, T, H, W]."""
 
 
+class Store(Protocol):
+    """Tensors by key; `get` is None for those that are not there, `put` False where there is no room."""
+
+    def holds(self, key: str) -> bool: ...
+    def get(self, key: str) -> Tensor | None: ...
+    def put(self, key: str, features: Tensor) -> bool: ...
+
+
 class Features(Protocol):
     """Tokens of clips, wherever they come from."""
 
@@ -80,12 +88,12 @@ class CachedFeatures:
     """Tokens out of a cache; those that are not there are computed together, and put there."""
 
     live: LiveFeatures
-    cache: FeatureCache
+    cache: Store
     identity: str
     """Of the source, see `source_identity`."""
 
     @classmethod
-    def of(cls, source: FeatureSource, cache: FeatureCache, *, dtype: Dtype = "float32") -> CachedFeatures:
+    def of(cls, source: FeatureSource, cache: Store, *, dtype: Dtype = "float32") -> CachedFeatures:
         return cls(LiveFeatures(source, dtype), cache, source_identity(source))
 
     def key(self, request: Request) -> str:
@@ -124,6 +132,34 @@ def open_features(
         return LiveFeatures(source, dtype)
     cache = FeatureCache(Path(folder), max_bytes=int(max_gib * GIB), writers=world.size)
     return CachedFeatures.of(source, cache, dtype=dtype)
+
+
+def kept_features(source: FeatureSource, *, max_gib: float, dtype: Dtype = "float32") -> CachedFeatures:
+    """Features that this process computes once and holds, up to `max_gib`, under keys that name no source."""
+    return CachedFeatures(LiveFeatures(source, dtype), MemoryStore(int(max_gib * GIB)), identity="")
+
+
+@dataclass
+class MemoryStore:
+    """Tensors in memory, up to a number of bytes; what comes after that is not kept."""
+
+    max_bytes: int
+    _kept: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _bytes: int = field(default=0, init=False)
+
+    def holds(self, key: str) -> bool:
+        return key in self._kept
+
+    def get(self, key: str) -> Tensor | None:
+        return self._kept.get(key)
+
+    def put(self, key: str, features: Tensor) -> bool:
+        """Keep a tensor; False where there is no room for it."""
+        if self._bytes + features.nbytes > self.max_bytes:
+            return False
+        self._kept[key] = features.clone()  # a view would hold its whole batch
+        self._bytes += features.nbytes
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------------ files

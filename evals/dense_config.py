@@ -134,6 +134,17 @@ class CacheConfig:
 
 
 @dataclass
+class DenseCacheConfig(CacheConfig):
+    """The same, and what a process holds of training images that look the same each time, where there is no folder."""
+
+    memory_gib: float = 4.0  # of their features, in memory; 0: computed in each epoch anew
+
+    def __post_init__(self) -> None:
+        if self.memory_gib < 0:
+            raise ValueError(f"cache.memory_gib={self.memory_gib} must not be negative; 0 keeps nothing")
+
+
+@dataclass
 class DenseHeadConfig(AttentiveConfig):
     """The head: a linear layer, or one behind attention among the tokens, whose shape the other fields give."""
 
@@ -156,7 +167,7 @@ class DenseConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     head: DenseHeadConfig = field(default_factory=DenseHeadConfig)
     fit: FitConfig = field(default_factory=FitConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
+    cache: DenseCacheConfig = field(default_factory=DenseCacheConfig)
     levels: list[int] | None = None  # blocks of the encoder, from 1; null: the last
     tokenizer: Literal["image", "video"] = "image"
     encoder_bf16: bool = False  # the frozen encoder under bf16 autocast, on CUDA only; DINOv3's protocol is fp32

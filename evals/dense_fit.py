@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from evals.cache import CachedFeatures, Features, open_features, source_identity
+from evals.cache import CachedFeatures, Features, kept_features, open_features, source_identity
 from evals.dense_config import DenseConfig
 from evals.dense_images import Images, predict_whole
 from evals.dense_sets import DenseSet
@@ -106,7 +106,10 @@ def run_dense(
             task.name, config.fit.steps, config.fit.warmup_steps,
         )  # fmt: skip
     fitted, held_out = split_held_out(train, config)
-    images = {name: Images(data, features, patch_size, task.fill) for name, data in (("fit", fitted), ("test", test))}
+    images = {
+        "fit": Images(fitted, _training_features(features, source, config), patch_size, task.fill),
+        "test": Images(test, features, patch_size, task.fill),
+    }
     batches = images["fit"].batches(config, world)
     width = images["fit"].tokens([images["fit"].train_view(0, config.view, config.augment, 0)[0]]).shape[-1]
     state = config.fit.state
@@ -142,6 +145,13 @@ def run_dense(
         chosen_on = [meter.headline() for meter in score(Images(held_out, features, patch_size, task.fill))]
     choice = choose(chosen_on, values, higher_is_better=task.higher_is_better)
     return DenseResult(found, choice, meters[choice.index], meters[choice.max_index], images["test"], config)
+
+
+def _training_features(features: Features, source: FeatureSource, config: DenseConfig) -> Features:
+    """Held in memory where images are wanted again, look the same each time, and are in no folder."""
+    if config.cache.folder is not None or config.augment.is_random or config.cache.memory_gib == 0:
+        return features
+    return kept_features(source, max_gib=config.cache.memory_gib, dtype=config.cache.dtype)
 
 
 def split_held_out(train: DenseSet, config: DenseConfig) -> tuple[DenseSet, DenseSet | None]:

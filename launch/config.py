@@ -111,6 +111,10 @@ class RunConfig:
         self._check_clips(objective.encoder.config)
         self._check_views(objective)
         self._check_masks()
+        if self.train.parallel.compile and self.model.attention == "xformers":
+            raise ConfigError(
+                "model.attention=xformers cannot be compiled, and train.parallel.compile=true: set model.attention=auto"
+            )
         if needs_sources and (missing := self.missing_sources()):
             raise ConfigError("; ".join(missing))
         batch, micro_batch = self.train.batch.as_dict(), self.train.micro_batch.as_dict()

@@ -46,7 +46,7 @@ class ModelConfig:
     modality_embed: bool = True  # false: nothing tells video from images (V-JEPA 2 weights)
     init_std: float = WEIGHT_STD  # of the initial weights of encoder and predictor
     attention_mask: AttentionMask = "full"  # block_causal: a token sees its own and earlier time steps; sdpa only
-    attention: BackendName = "auto"  # auto: xformers on CUDA where it imports, else sdpa; bf16 on a CPU: matmul
+    attention: BackendName = "auto"  # auto: on CUDA xformers, compiled varlen; else sdpa; bf16 on a CPU: matmul
     embed_dim: int | None = None  # in place of the named size's
     depth: int | None = None  # in place of the named size's
     num_heads: int | None = None  # in place of the named size's

@@ -16,7 +16,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from PIL import Image
 
-from data_pipeline.avfile import quarter_turns, video_stream
+from data_pipeline.avfile import SCALER_THREADS, open_video, quarter_turns, video_stream
 from data_pipeline.media import DecodeError
 from data_pipeline.picture import upright_rgb
 from data_pipeline.prepare.find import Input
@@ -26,7 +26,6 @@ from data_pipeline.prepare.timeline import Frames, Timeline, grid_length, on_gri
 _COPY_CODECS = {"h264", "hevc", "vp8", "vp9", "av1"}
 _COPY_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm"}  # AVI seeks one frame off: always written again
 _KEEP_IMAGES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-_JPEG_QUALITY = 92
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -152,7 +151,7 @@ class _PieceWriter:
     def _still(self, frame: av.VideoFrame) -> Record:
         key = f"{self.item.key}-still-{sum(record.modality == 'image' for record in self.records):04d}"
         path = self.scratch / f"{key}.jpg"
-        frame.to_image().save(path, quality=_JPEG_QUALITY)
+        frame.to_image(threads=SCALER_THREADS).save(path, quality=self.options.jpeg_quality)
         facts = _image_facts(frame.width, frame.height, "jpeg")
         return Record(key, "jpg", "image", str(path), _meta(self.item, float(self.written / self.rate), **facts))
 
@@ -179,7 +178,7 @@ class _Encoder:
             self.width, self.height = context.width, context.height = frame.width, frame.height
             context.color_range, context.colorspace = frame.color_range, frame.colorspace
         if (frame.width, frame.height) != (self.width, self.height):
-            frame = frame.reformat(width=self.width, height=self.height)
+            frame = frame.reformat(width=self.width, height=self.height, threads=SCALER_THREADS)
         frame.pts, frame.time_base = self.count, 1 / Fraction(context.framerate)
         frame.pict_type = 0  # the source's key frames mean nothing here
         self._container.mux(self._stream.encode(frame))
@@ -195,7 +194,9 @@ def scaled(frame: av.VideoFrame, short_side: int) -> av.VideoFrame:
     turns = quarter_turns(frame.rotation)
     factor = min(1.0, short_side / min(frame.width, frame.height))
     width, height = (max(2, round(side * factor / 2) * 2) for side in (frame.width, frame.height))
-    small = frame.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC")
+    small = frame.reformat(
+        width=width, height=height, format="yuv420p", interpolation="BICUBIC", threads=SCALER_THREADS
+    )
     if turns == 0:
         return small
     planes = np.split(small.to_ndarray().ravel(), [width * height, width * height * 5 // 4])
@@ -235,7 +236,7 @@ def _copied(item: Input, options: IngestOptions, scratch: Path, timeline: Timeli
 
 def _open(path: Path) -> InputContainer:
     try:
-        return av.open(str(path), mode="r", metadata_errors="replace")
+        return open_video(str(path))
     except (FFmpegError, ValueError, EOFError) as error:  # UnicodeDecodeError is a ValueError
         raise DecodeError(f"cannot be opened as a video ({type(error).__name__})") from error
 
@@ -257,7 +258,7 @@ def _image(item: Input, options: IngestOptions, scratch: Path) -> Outcome:
         width, height = (max(1, round(side * min(1.0, factor))) for side in upright.size)
         upright = upright.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
         buffer = io.BytesIO()
-        upright.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+        upright.save(buffer, "JPEG", quality=options.jpeg_quality)
         data, ext, codec = buffer.getvalue(), "jpg", "jpeg"
     else:
         codec = str(picture.format).lower()

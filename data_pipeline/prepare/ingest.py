@@ -251,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         "gop": "frames between key frames",
         "crf": "x264 quality, 0 to 51",
         "preset": "x264 speed preset",
+        "jpeg_quality": "of stills and of images that are scaled down, 1 to 95",
         "stills": "frames of every video also written as images",
         "shard_bytes": "size at which a shard is closed",
         "shard_count": "most samples in a shard",

@@ -9,7 +9,7 @@ from av import VideoFrame
 from av.error import FFmpegError
 from PIL import Image
 
-from data_pipeline.avfile import open_bytes, quarter_turns, video_stream
+from data_pipeline.avfile import SCALER_THREADS, open_bytes, quarter_turns, video_stream
 from data_pipeline.media import DecodeError
 from data_pipeline.picture import upright_rgb
 from data_pipeline.prepare.timeline import Frames, Timeline, on_grid, output_rate, scan
@@ -70,13 +70,13 @@ def shrunk_luma(frame: VideoFrame, short_side: int) -> np.ndarray:
     """The frame upright as brightness of the full range, its short side `short_side` pixels: uint8 `[H, W]`."""
     factor = short_side / min(frame.width, frame.height)
     width, height = (max(1, round(side * factor)) for side in (frame.width, frame.height))
-    small = frame.reformat(width=width, height=height, format="gray", interpolation="AREA")
+    small = frame.reformat(width=width, height=height, format="gray", interpolation="AREA", threads=SCALER_THREADS)
     return np.rot90(small.to_ndarray(), quarter_turns(frame.rotation))
 
 
 def square_luma(frame: VideoFrame, side: int) -> np.ndarray:
     """The frame upright as brightness, its aspect not kept: uint8 `[side, side]`."""
-    small = frame.reformat(width=side, height=side, format="gray", interpolation="AREA")
+    small = frame.reformat(width=side, height=side, format="gray", interpolation="AREA", threads=SCALER_THREADS)
     return np.rot90(small.to_ndarray(), quarter_turns(frame.rotation))
 
 

@@ -24,6 +24,8 @@ class IngestOptions:
     """x264's quality, 0 (lossless) to 51."""
     preset: str = "medium"
     """x264's speed preset."""
+    jpeg_quality: int = 92
+    """Pillow's, 1 to 95, of stills and of images that are scaled down."""
     copy: bool = False
     """Keep the original bytes of videos that are short enough, sound, and of a codec that seeks exactly."""
     stills: int = 0
@@ -54,6 +56,7 @@ class IngestOptions:
             "fps": math.isfinite(self.fps) and self.fps > 0,
             "gop": self.gop >= 1,
             "crf": 0 <= self.crf <= 51,
+            "jpeg_quality": 1 <= self.jpeg_quality <= 95,
             "stills": self.stills >= 0,
             "shard_bytes": self.shard_bytes >= 1,
             "shard_count": self.shard_count >= 1,

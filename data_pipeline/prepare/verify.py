@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
-from data_pipeline.avfile import quarter_turns
+from data_pipeline.avfile import SCALER_THREADS, quarter_turns
 from data_pipeline.pool import Lost, in_order
 from data_pipeline.prepare.command import add_common, run
 from data_pipeline.prepare.contact_sheet import HEIGHT, strip, write_contact_sheet
@@ -152,7 +152,8 @@ def _check_video(data: bytes, row: dict[str, Any], want: bool) -> Checked:
         turns = quarter_turns(frame.rotation)
         sides = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
         if count in shown:
-            pictures.append(_picture(Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))))
+            pixels = frame.to_ndarray(format="rgb24", threads=SCALER_THREADS)
+            pictures.append(_picture(Image.fromarray(np.rot90(pixels, turns))))
         count += 1
     problem = _difference({"frames": count, "width": sides[0], "height": sides[1]}, row)
     if problem is None and abs(timeline.duration - row["duration"]) > 1.5 / row["fps"]:

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.gpu_step [--models vit_large vit_gigantic] [--steps 10] [--out results.jsonl]
                                         [--attention sdpa sdpa:cudnn ...] [--activations ...] [--compile no yes]
+                                        [--kernels 20]
 
 The step is the recipe's own: its masks, both modalities at the mask group's sizes (24 videos, 36 images), bf16, AdamW
 and EMA, on random pixels that are already on the device. Every combination is measured after warm-up steps over several
@@ -18,7 +19,8 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
 
 from launch.config import RunConfig, load_config
 from vjepa.batch import Batch, MicroBatch, Modality
@@ -80,8 +83,10 @@ def micro_batches(config: RunConfig, device: torch.device, count: int) -> list[M
     return made
 
 
-def measure(config: RunConfig, world: World, kernel: AbstractContextManager[Any], steps: int) -> dict[str, float]:
-    """Medians over steps of one combination."""
+def measure(
+    config: RunConfig, world: World, kernel: AbstractContextManager[Any], steps: int, kernels: int = 0
+) -> dict[str, float]:
+    """Medians over steps of one combination; after them the `kernels` longest kernels of one more step are printed."""
     is_cuda = world.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(world.device)
@@ -92,26 +97,47 @@ def measure(config: RunConfig, world: World, kernel: AbstractContextManager[Any]
     optimizer = build_optimizer(objective, config.train.optim)
     batches = micro_batches(config, world.device, WARM_UP)
     seconds: list[float] = []
+
+    def take(step: int) -> None:
+        set_schedule(optimizer, config.train.optim, step, config.train.steps)
+        with torch.autocast(world.device.type, dtype=torch.bfloat16):
+            result = module(batches[step % WARM_UP], step)
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        objective.update_target(step, config.train.steps)
+        if is_cuda:
+            torch.cuda.synchronize(world.device)
+
     with kernel:
         for step in range(WARM_UP + steps):
-            if is_cuda:
-                torch.cuda.synchronize(world.device)
             begin = time.perf_counter()
-            set_schedule(optimizer, config.train.optim, step, config.train.steps)
-            with torch.autocast(world.device.type, dtype=torch.bfloat16):
-                result = module(batches[step % WARM_UP], step)
-            result.loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            objective.update_target(step, config.train.steps)
-            if is_cuda:
-                torch.cuda.synchronize(world.device)
+            take(step)
             if step >= WARM_UP:
                 seconds.append(time.perf_counter() - begin)
+        if kernels:
+            _print_kernels(lambda: take(WARM_UP + steps), kernels)
     taken = statistics.median(seconds)
     flops = statistics.fmean(objective.flops(batch) for batch in batches)
     clips = sum(len(batch) for batch in batches[0].values())
     return {"seconds": taken, **Accounts(world.device).of(taken, clips=clips, tokens=0, flops=flops)}
+
+
+def _print_kernels(step: Callable[[], None], rows: int) -> None:
+    """What the device, or a CPU, does in one step: milliseconds and calls by kernel, longest first."""
+    with profile() as profiler:
+        step()
+    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    events = profiler.events() or []
+    is_cuda = any(event.device_type.name == "CUDA" for event in events)
+    for event in events:
+        if not is_cuda or event.device_type.name == "CUDA":
+            spent[event.name][0] += (event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e3
+            spent[event.name][1] += 1
+    total = sum(milliseconds for milliseconds, _ in spent.values())
+    print(f"one step: {total:.1f} ms in {sum(calls for _, calls in spent.values())} kernels")
+    for name, (milliseconds, calls) in sorted(spent.items(), key=lambda item: -item[1][0])[:rows]:
+        print(f"{milliseconds:8.2f} ms {milliseconds / total:6.1%} {calls:6d} x  {name[:110]}")
 
 
 def combinations(options: argparse.Namespace) -> Iterator[tuple[str, str, str, bool]]:
@@ -135,7 +161,7 @@ def run(model: str, attention: str, activations: Any, is_compiled: bool, options
     kernel = sdpa_kernel(KERNELS[attention]) if attention in KERNELS else nullcontext()
     world = World(0, 1, torch.device(options.device))
     try:
-        return row | measure(config, world, kernel, options.steps)
+        return row | measure(config, world, kernel, options.steps, options.kernels)
     except (RuntimeError, ImportError, ValueError) as error:  # out of memory, no such kernel: said in its row
         return row | {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
     finally:
@@ -152,6 +178,7 @@ def main() -> None:
     parser.add_argument("--activations", nargs="+", default=["keep", "selective", "recompute"])
     parser.add_argument("--compile", nargs="+", choices=("no", "yes"), default=["no", "yes"])
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each")
+    parser.add_argument("--kernels", type=int, default=0, help="also print so many of the longest kernels of a step")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="file that gets a JSON line for each combination as it is done")
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """Claims: the decoders give the same pixels at the same times, but for a list of exceptions that is exact."""
 
+import multiprocessing
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,6 +106,20 @@ def test_a_title_that_is_no_text_does_not_make_a_video_unreadable(tmp_path: Path
     assert data.count(b"Lavf")
     decoder = open_decoder(data.replace(b"Lavf", b"\xff\xfe\xe3\xf6"), "video", backend=backend)
     assert which(frames_at(decoder, np.array([0.35])).numpy()) == [3]
+
+
+def test_a_process_that_decoded_with_pyav_can_be_forked(tmp_path: Path):
+    pixels = np.full((2, 640, 960, 3), 128, dtype=np.uint8)  # large enough for FFmpeg's scaler to share the rows out
+    decoder = open_decoder(write_video(tmp_path / "clip.mp4", pixels), "video", backend="pyav")
+    frames_at(decoder, np.array([0.0]))
+    child = multiprocessing.get_context("fork").Process(target=frames_at, args=(decoder, np.array([0.0])))
+    child.start()
+    child.join(timeout=30)
+    is_stuck = child.exitcode is None
+    child.kill()
+    child.join()
+    assert not is_stuck, "the child waits for threads that were not forked with it"
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("backend", ["auto", "pyav"])

@@ -169,6 +169,21 @@ def test_stills_are_evenly_spaced_frames_as_images(tmp_path: Path):
     assert [opened.row(i)["start"] for i in range(3)] == [0.5, 1.5, 2.5]
 
 
+def test_the_quality_of_images_that_are_made_anew_is_asked_for(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "picture.jpg", quality=95)
+    write_video(tmp_path / "clip.mp4", noise[None].repeat(20, axis=0), fps=10)
+    made = {}
+    for quality in (30, 90):
+        out = tmp_path / str(quality)
+        options = IngestOptions(short_side=48, stills=1, jpeg_quality=quality)
+        ingest([tmp_path / "picture.jpg", tmp_path / "clip.mp4"], out, options)
+        made[quality] = [len(Shards(str(out), "image").read(index)[0]) for index in range(2)]
+    assert all(small < large / 1.5 for small, large in zip(made[30], made[90], strict=True))
+    with pytest.raises(ValueError, match="jpeg_quality=0"):
+        IngestOptions(jpeg_quality=0)
+
+
 def test_labels_beside_a_file_travel_with_it(tmp_path: Path):
     write_video(tmp_path / "clip.mp4", ramp(5))
     (tmp_path / "clip.json").write_text('{"class": 3}')

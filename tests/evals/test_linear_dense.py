@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 import vjepa
 from evals import floors
-from evals.cache import LiveFeatures, Request
+from evals.cache import GIB, LiveFeatures, Request
 from evals.dense_config import DepthConfig, SegmentationConfig, load_depth, load_segmentation
 from evals.dense_features import LevelFeatures, RgbPosition
 from evals.dense_images import Ahead, Images
@@ -152,6 +152,31 @@ def test_cached_features_give_the_same_numbers_without_the_source(camvid: Path, 
     assert linear_segmentation.evaluate(first, config) == expected
     assert linear_segmentation.evaluate(second, config) == expected
     assert (first.asked, second.asked) == (11, 0)
+
+
+def test_training_images_that_stay_the_same_are_encoded_once(camvid: Path) -> None:
+    class Counted(Colours):
+        asked = 0
+
+        def tokens(self, clips: Tensor) -> Tensor:
+            self.asked += len(clips)
+            return super().tokens(clips)
+
+    def measure(*overrides: str) -> tuple[int, list[Score]]:
+        source = Counted()
+        scores = linear_segmentation.evaluate(source, segmentation(camvid, *overrides))
+        return source.asked, scores
+
+    (held, scores), (anew, expected) = measure(), measure("cache.memory_gib=0")
+    assert scores == expected
+    assert held == 11
+    assert anew > 3 * held
+    half = measure(f"cache.memory_gib={3 * 4 * 6 * 3 * 4 / GIB}")
+    assert half[1] == expected
+    assert held < half[0] < anew
+    assert measure("augment.flip=0.5")[0] <= 2 * 11, "an image and its mirror image"
+    with pytest.raises(ValueError, match=r"cache\.memory_gib=-1"):
+        segmentation(camvid, "cache.memory_gib=-1")
 
 
 def test_augmentation_trains_on_views_drawn_by_seed_and_ordinal(camvid: Path) -> None:

@@ -242,6 +242,13 @@ def test_every_ablation_is_a_configuration_that_differs_from_the_demo(variant: V
     assert (config == load_config("demo", "primary")) == (variant.name == "reference")
 
 
+def test_xformers_is_not_compiled() -> None:
+    settings = ["run_dir=r", "model.attention=xformers", "train.parallel.compile=true"]
+    with pytest.raises(ConfigError, match=r"xformers cannot be compiled, .*: set model\.attention=auto"):
+        load_config("debug", "primary", settings).check()
+    load_config("debug", "primary", settings[:2]).check()
+
+
 def test_masks_are_drawn_where_something_is_predicted_and_there_must_be_some() -> None:
     none = ["run_dir=unused", "mask.video.short=null", "mask.video.long=null"]
     with pytest.raises(ConfigError, match=r"mask\.video is empty but train\.batch\.video=12"):

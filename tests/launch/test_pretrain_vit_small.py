@@ -1,4 +1,4 @@
-"""The recipe of a ViT-S on a CPU, and its benchmark at a tiny size: which frames are seen, and that it trains."""
+"""The recipes of a ViT-S from few data, and its benchmark at a tiny size: which frames are seen, and that it trains."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from PIL import Image
 
 from launch.config import load_config
 from launch.train import main as train
-from tests.benchmarks.pretrain_vit_small import _film, make_shards, rgbd_frames, training_arguments
+from tests.benchmarks.pretrain_vit_small import RECIPES, _film, make_shards, rgbd_frames, training_arguments
 from vjepa import from_pretrained
 
 TINY = (
@@ -20,6 +20,8 @@ TINY = (
         "train.batch={video: 2, image: 2}",
         "train.diagnostics_every=1",
         "train.optim.lr.warmup_steps=1",
+        "train.device=cpu",
+        "mask.group={video: 2, image: 2}",
     ),
     *("data.workers=0", "data.video.clip.size=64", "data.image.clip.size=64", "train.tensorboard=false"),
 )
@@ -63,21 +65,30 @@ def test_no_frame_of_a_test_split_and_none_of_davis_is_trained_on(out: Path) -> 
     assert sources(out / "shards" / "rgbd") == rgbd | {"rgbd_train.mp4"}
 
 
-def test_the_recipe_trains_on_them_in_bf16_and_exports_its_encoder(out: Path) -> None:
-    assert train(training_arguments(out, TINY)) == 0
-    encoder = from_pretrained(out / "run" / "exports" / "primary")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipes_train_on_them_in_bf16_and_export_their_encoder(out: Path, recipe: str) -> None:
+    run = out / f"run_of_{recipe}"
+    assert train(training_arguments(out, recipe, [f"run_dir={run}", *TINY])) == 0
+    encoder = from_pretrained(run / "exports" / "primary")
     assert encoder.config.absolute_position == 1
-    row = json.loads((out / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == 2
     assert {"loss/masked_prediction", "loss/vicreg"} <= row.keys()
-    assert "--resume" in training_arguments(out, ())
 
 
-def test_the_recipe_asks_for_its_sources_and_has_shares_for_all_of_them(tmp_path: Path) -> None:
+def test_a_run_that_was_begun_goes_on(tmp_path: Path) -> None:
+    assert "--resume" not in training_arguments(tmp_path, "vit_small", ())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert "--resume" in training_arguments(tmp_path, "vit_small", ())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipes_ask_for_their_sources_and_have_shares_for_all_of_them(tmp_path: Path, recipe: str) -> None:
     with pytest.raises(ValueError, match=r"data\.video\.sources\.NAME\.path"):
-        load_config("vit_small", "primary").check()
-    arguments = training_arguments(tmp_path, ())
-    config = load_config("vit_small", "primary", [word for word in arguments if "=" in word])
+        load_config(recipe, "primary").check()
+    arguments = training_arguments(tmp_path, recipe, ())
+    config = load_config(recipe, "primary", [word for word in arguments if "=" in word])
     config.check()
     for part in config.data.modalities().values():
         assert sum(source.weight for source in part.sources.values()) == pytest.approx(1)

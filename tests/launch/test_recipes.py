@@ -40,14 +40,17 @@ def stages(recipe: str) -> tuple[str, ...]:
 
 
 def chain(recipe: str, *overrides: str, of: tuple[str, ...] | None = None, options: tuple[str, ...] = ()) -> Chain:
-    """Stages of a recipe, planned as one chain for 128 GPUs or one CPU process: all of them are checked on meta."""
+    """Stages of a recipe, planned as one chain for 128 GPUs, one process for the small: all are checked on meta."""
     asked = ChainRequest(recipe, of or stages(recipe), options=options, overrides=("run_dir=unused", *overrides))
-    return plan_chain(asked, resume=False, world=lambda config: 1 if config.train.device == "cpu" else 128)
+    return plan_chain(asked, resume=False, world=lambda _: 128 if recipe in BIG else 1)
 
 
 @pytest.fixture(scope="module")
 def chains() -> dict[str, Chain]:
-    return {recipe: chain(recipe, *(SOURCES if recipe in (*BIG, "vit_small") else ())) for recipe in list_recipes()}
+    return {
+        recipe: chain(recipe, *(SOURCES if recipe in (*BIG, "vit_small", "vit_small_cpu") else ()))
+        for recipe in list_recipes()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,10 @@ def test_micro_batches_are_as_asked_or_as_few_as_the_groups_allow() -> None:
         ({"world": 5}, "must divide by the 5 ranks"),
         ({"micro": {"video": 5}}, "micro_batch.video=5 must divide"),
         ({"micro": {"video": 2, "image": 3}}, "one common number"),
+        (
+            {"batch": {"video": 72, "image": 180}, "video": 24, "image": 36},
+            "set mask.group.video=72 mask.group.image=180, .* or batches of 24 x N video and 36 x N image clips a rank",
+        ),
         ({"video": 5, "image": 12}, "mask.group.video=5 must divide the global batch"),
         ({"video": 4, "image": 12, "micro": {"video": 6}}, "must divide mask.group.video=4"),
         ({"batch": {"video": 0, "image": 0}}, "nothing to train on"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vjepa.nn.attention import Segments, cumulative_lengths, matmul, resolve_backend, sdpa, sequence_lengths, varlen
+from vjepa.nn.attention import (
+    Segments,
+    cumulative_lengths,
+    matmul,
+    resolve_backend,
+    sdpa,
+    sequence_lengths,
+    varlen,
+    xformers_fault,
+)
 from vjepa.train.parallel import _kept_operators
 
 LAYOUT = (Segments(2, 7), Segments(3, 4), Segments(1, 1))
@@ -74,9 +85,42 @@ def test_xformers_on_a_cpu_is_refused_and_auto_takes_sdpa() -> None:
         resolve_backend("xformers", cpu)
 
 
+def test_an_xformers_without_kernels_is_not_taken_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_kernel(*_: Any, **__: Any) -> Tensor:
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs:\n query ...")
+
+    mask = SimpleNamespace(from_seqlens=lambda lengths, device: None)
+    fmha = SimpleNamespace(BlockDiagonalMask=mask, memory_efficient_attention=no_kernel)
+    monkeypatch.setattr(importlib, "import_module", lambda name: fmha)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **_: torch.empty(*shape, device="meta"))
+    xformers_fault.cache_clear()
+    try:
+        cuda = torch.device("cuda", 0)
+        assert resolve_backend("auto", cuda) is resolve_backend("auto", cuda) is sdpa
+        assert caplog.text.count("xformers does not work here, auto takes torch's SDPA") == 1
+        with pytest.raises(
+            ValueError, match=r"No operator found .*forward` with inputs:\); the wheel must be for torch"
+        ):
+            resolve_backend("xformers", cuda)
+    finally:
+        xformers_fault.cache_clear()
+
+
+def test_under_a_compiler_auto_takes_what_it_can_see_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    cuda = torch.device("cuda", 0)
+    assert resolve_backend("auto", cuda, torch.bfloat16) is varlen
+    assert resolve_backend("auto", cuda, torch.float32) is sdpa
+    assert resolve_backend("auto", torch.device("cpu"), torch.bfloat16) is sdpa
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers attention needs a CUDA device")
 def test_xformers_equals_sdpa_on_cuda() -> None:
     pytest.importorskip("xformers.ops.fmha", reason="xformers is not installed")
+    if fault := xformers_fault():
+        pytest.skip(f"xformers does not work here: {fault}")
     q, k, v = (x.cuda().bfloat16() for x in qkv())
     xformers = resolve_backend("xformers", q.device)
     torch.testing.assert_close(xformers(q, k, v, LAYOUT), sdpa(q, k, v, LAYOUT), atol=2e-2, rtol=2e-2)

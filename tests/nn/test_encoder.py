@@ -13,6 +13,7 @@ from vjepa.nn.encoder import Encoder, View, default_levels
 from vjepa.nn.layers import Block
 from vjepa.nn.predictor import PredictorConfig, Query
 from vjepa.nn.rope import sincos_table
+from vjepa.nn.tokenizer import as_product
 from vjepa.registry import create_predictor
 
 CLIP = (2, 3, 4, 64, 48)  # grid (2, 4, 3): 24 tokens
@@ -25,6 +26,23 @@ def encoder() -> Encoder:
 
 def clips(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape or CLIP, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("clip", [CLIP, (2, 3, 1, 64, 48)], ids=["video", "image"])
+def test_patches_as_a_matrix_product_are_the_convolution(encoder: Encoder, clip: tuple[int, ...]) -> None:
+    tokenizer, pixels = encoder.tokenizer, clips(*clip)
+    projection = tokenizer.image if clip[2] == 1 else tokenizer.video
+    assert projection is not None
+    expected = projection(pixels).flatten(2).transpose(1, 2)
+    found = as_product(pixels, projection)
+    torch.testing.assert_close(found, expected)
+    parameters = list(projection.parameters())
+    for mine, theirs in zip(
+        torch.autograd.grad(found.square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
 
 
 def subset(count: int, *, of: int = 24, seed: int = 0) -> Tensor:

@@ -104,7 +104,7 @@ def test_a_latent_is_of_the_clip_or_of_each_token(options: dict[str, Any]) -> No
     assert latent.nats.shape == (3,)
     shuffled = infer(network, target().flip(1), drawn.flip(1))
     torch.testing.assert_close(shuffled.value, latent.value.flip(1))
-    torch.testing.assert_close(shuffled.nats, latent.nats)
+    torch.testing.assert_close(shuffled.nats, latent.nats, rtol=1e-5, atol=1e-5)  # another order of a sum
     changed = target()
     changed[1, 4] += 3
     is_other = (infer(network, changed, drawn).nats - latent.nats).abs() > 1e-4

@@ -244,12 +244,27 @@ def micro_batches_per_step(
         groups: dict[Modality, int] = {
             modality: min(config.group.of(modality), whole) for modality, whole in active.items()
         }
-        count = next(
-            (a for a in range(1, max(shares.values()) + 1) if all(_fits(shares[m], a, groups[m]) for m in active)), 1
-        )
+        fitting = (a for a in range(1, max(shares.values()) + 1) if all(_fits(shares[m], a, groups[m]) for m in active))
+        count = next(fitting, None)
+        if count is None:
+            check_groups(
+                config, batch=batch, micro_batch=groups
+            )  # a group that does not divide the batch is the reason
+            raise ValueError(_no_count(shares, groups))
     micro: dict[Modality, int] = {modality: share // count for modality, share in shares.items()}
     check_groups(config, batch=batch, micro_batch=micro)
     return count
+
+
+def _no_count(shares: Mapping[Modality, int], groups: Mapping[Modality, int]) -> str:
+    """What to say where no number of micro-batches is one for every modality."""
+    whole = " ".join(f"mask.group.{modality}={share}" for modality, share in shares.items())
+    several = " and ".join(f"{groups[modality]} x N {modality}" for modality in shares)
+    return (
+        f"a rank's share of {dict(shares)} clips a step cannot be cut into micro-batches of all modalities whose sizes "
+        f"divide mask.group={dict(groups)}: set {whole}, which makes one micro-batch a step, or batches of {several} "
+        "clips a rank, which make N"
+    )
 
 
 def _fits(share: int, count: int, group: int) -> bool:

@@ -6,7 +6,7 @@ number of block calls the same on every rank.
 
 Backends: `sdpa` (torch, everywhere), `xformers` (CUDA, imported lazily), `varlen` (torch's own attention over packed
 sequences: CUDA, bf16 or fp16) and `matmul` (plain products, for bf16 on a CPU). `auto` takes xformers on CUDA where it
-imports, otherwise SDPA.
+works, under torch.compile varlen, otherwise SDPA.
 
 Block-causal attention lets a token see the tokens of its own and of earlier time steps. Which tokens a sequence holds
 differs from clip to clip, so it is a bias on the scores, which only SDPA takes.
@@ -29,6 +29,7 @@ from vjepa.nn.rope import RopeTable, rotate
 
 BackendName = Literal["auto", "sdpa", "xformers", "varlen", "matmul"]
 AttentionMask = Literal["full", "block_causal"]
+HALF = (torch.bfloat16, torch.float16)  # what FlashAttention computes in
 log = logging.getLogger(__name__)
 
 
@@ -125,13 +126,23 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Ten
 
 
 @functools.cache
-def _xformers_available() -> bool:
+def xformers_fault() -> str | None:
+    """Why xformers cannot compute on this machine's GPU, in a line; None where it can.
+
+    That it imports says nothing: a wheel made for another CUDA than torch's imports with a warning and has no kernels.
+    So two short sequences are computed, in bf16 and in fp32, once.
+    """
     try:
-        importlib.import_module("xformers.ops.fmha")
-    except ImportError as error:
-        log.info("attention: xformers does not import (%s); using torch's SDPA", error)
-        return False
-    return True
+        fmha = importlib.import_module("xformers.ops.fmha")
+        bias = fmha.BlockDiagonalMask.from_seqlens([8, 8], device=torch.device("cuda"))
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.zeros(1, 16, 1, 64, dtype=dtype, device="cuda")
+            fmha.memory_efficient_attention(x, x, x, attn_bias=bias)
+    except (ImportError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
+        fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        log.warning("attention: xformers does not work here, auto takes torch's SDPA (%s)", fault)
+        return fault
+    return None
 
 
 def cumulative_lengths(layout: Sequence[Segments], device: torch.device) -> Tensor:
@@ -155,7 +166,7 @@ def _cached_lengths(layout: tuple[Segments, ...], device: torch.device) -> Tenso
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[Segments]) -> Tensor:
     """torch's FlashAttention over packed sequences: one call for all groups; CUDA, bf16 or fp16 only."""
-    if v.dtype not in (torch.bfloat16, torch.float16):
+    if v.dtype not in HALF:
         raise ValueError(
             f"attention=varlen computes in bf16 or fp16, the tokens are {v.dtype}: set train.precision=bf16 or use sdpa"
         )
@@ -179,10 +190,15 @@ def _varlen_attn() -> Any:
     return varlen_attn
 
 
-def resolve_backend(name: BackendName, device: torch.device) -> AttentionBackend:
-    """The backend called `name` for tensors on `device`; a backend that cannot run there is a ValueError."""
+def resolve_backend(name: BackendName, device: torch.device, dtype: torch.dtype = torch.float32) -> AttentionBackend:
+    """The backend called `name` for tensors on `device`; a backend that cannot run there is a ValueError.
+
+    A compiler cannot see through xformers: there `auto` takes varlen where the `dtype` of q, k and v allows it.
+    """
+    if name == "auto" and device.type == "cuda" and torch.compiler.is_compiling():
+        return varlen if dtype in HALF else sdpa
     if name == "auto":
-        return xformers if device.type == "cuda" and _xformers_available() else sdpa
+        return xformers if device.type == "cuda" and xformers_fault() is None else sdpa
     if name == "sdpa":
         return sdpa
     if name == "matmul":
@@ -190,6 +206,11 @@ def resolve_backend(name: BackendName, device: torch.device) -> AttentionBackend
     if name == "xformers":
         if device.type != "cuda":
             raise ValueError(f"attention=xformers needs a CUDA device, the tokens are on {device}: use sdpa or auto")
+        if fault := xformers_fault():
+            raise ValueError(
+                f"attention=xformers does not work here ({fault}); the wheel must be for torch {torch.__version__}, "
+                f"CUDA {torch.version.cuda}, see `python -m xformers.info`: install that one, or use varlen or auto"
+            )
         return xformers
     if name == "varlen":
         if device.type != "cuda":
@@ -215,5 +236,5 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # each [N, A, head_dim]
         q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
         v = v.contiguous()  # a view would keep the memory of all three until the backward pass
-        attend = resolve_backend(self.backend, x.device)
+        attend = resolve_backend(self.backend, x.device, v.dtype)
         return self.proj(attend(q, k, v, layout).flatten(1))

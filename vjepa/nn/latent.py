@@ -18,7 +18,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +56,12 @@ class LatentConfig:
         return {"none": 0, "gaussian": self.dim, "discrete": self.groups * self.codes}[self.kind]
 
 
-@dataclass(frozen=True)
-class Latent:
-    """The latent of one mask: `value` [B, 1 or M, width] and its price by clip, `nats` [B], both fp32."""
+class Latent(NamedTuple):
+    """The latent of one mask: `value` [B, 1 or M, width] and its price by clip, `nats` [B], both fp32.
+
+    A tuple, because FSDP2 before torch 2.13 finds no tensors in a dataclass that a module returns, and would leave the
+    gradients of `LatentInference` different on every rank.
+    """
 
     value: Tensor
     nats: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjepa.batch import Grid, Modality
@@ -63,5 +64,17 @@ class Tokenizer(nn.Module):
         return self._embed(clips, self.video, self.video_embed)
 
     def _embed(self, clips: Tensor, projection: nn.Conv3d, modality_embed: Tensor | None) -> Tensor:
-        tokens = projection(clips.to(projection.weight.dtype)).flatten(2).transpose(1, 2)  # [B, N, D]
+        clips = clips.to(projection.weight.dtype)
+        tokens = as_product(clips, projection) if clips.is_cuda else projection(clips).flatten(2).transpose(1, 2)
         return tokens if modality_embed is None else tokens + modality_embed.to(tokens.dtype)
+
+
+def as_product(clips: Tensor, projection: nn.Conv3d) -> Tensor:
+    """What a convolution whose stride is its kernel computes, as one matrix product: [B, C, T, H, W] -> [B, N, D].
+
+    For GPUs: in bf16 cuDNN's convolution over three axes took 13.7 of the 393 ms of a ViT-L's step on an H200.
+    """
+    for axis, length in zip((2, 4, 6), projection.kernel_size, strict=True):
+        clips = clips.unflatten(axis, (-1, length))
+    patches = clips.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, N, C * frames * patch * patch]
+    return F.linear(patches, projection.weight.flatten(1), projection.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -15,7 +16,6 @@ from torch import Tensor
 from vjepa.batch import Grid, Mask, Modality
 from vjepa.nn.encoder import EncoderConfig
 from vjepa.nn.gather import take_tokens
-from vjepa.nn.rope import grid_positions
 from vjepa.objectives.outputs import Outputs
 from vjepa.schedules import linear_ramp
 
@@ -129,13 +129,18 @@ class Distance:
 def sqrt_distance_to_masked(mask: Mask, grid: Grid) -> Tensor:
     """sqrt of the Euclidean distance, in tokens, of each context token to its nearest masked token: [B, K] >= 1.
 
-    One time unit is one tubelet (reference section 2). One batched cdist; integers this small are exact in it.
+    One time unit is one tubelet (reference section 2). Squares of distances are sums over the axes, so the least of
+    them is found along one axis after the other; integers this small are exact in fp32. Distances of all pairs took 28
+    of the 393 ms of a ViT-L's step on an H200, and B x K x M numbers.
     """
-    positions = grid_positions(grid, interpolate=False, device=mask.context.device)  # [N, 3]
-    distances = torch.cdist(
-        positions[mask.context], positions[mask.masked], compute_mode="donot_use_mm_for_euclid_dist"
-    )  # [B, K, M]
-    return distances.amin(dim=-1).sqrt()
+    masked = mask.masked
+    squares = torch.full((len(masked), math.prod(grid)), torch.inf, device=masked.device).scatter_(1, masked, 0.0)
+    squares = squares.unflatten(1, grid)  # [B, t, h, w], to the nearest masked token along the axes that were done
+    for axis, length in enumerate(grid, start=1):
+        place = torch.arange(length, dtype=squares.dtype, device=masked.device)
+        apart = (place[:, None] - place).square()  # [length, length]
+        squares = (squares.movedim(axis, -1)[..., None, :] + apart).amin(dim=-1).movedim(-1, axis)
+    return squares.flatten(1).gather(1, mask.context).sqrt().sqrt()
 
 
 def mean_over_masks(values: Sequence[Tensor]) -> Tensor:
