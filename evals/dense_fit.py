@@ -5,6 +5,7 @@ Segmentation and depth differ in their head, loss, metric and what a prediction 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from evals.grid import Choice, HeadGrid, Loss, StateFile, choose, derived_seed, 
 from evals.protocol import Score
 from vjepa.train.distributed import ALONE, World
 
-# ------------------------------------------------------------------------------------------------------ the evaluation
+log = logging.getLogger(__name__)
 
 
 class DenseMeter(Protocol):
@@ -99,6 +100,11 @@ def run_dense(
         source, config.cache.folder, max_gib=config.cache.max_gib, dtype=config.cache.dtype, world=world
     )
     train, test = (data.first(config.data.limit) for data in (train, test))
+    if config.fit.warmup_steps >= config.fit.steps and world.is_main:
+        log.warning(
+            "%s: fit.steps=%d end within fit.warmup_steps=%d: no head reaches its learning rate; shorten it too",
+            task.name, config.fit.steps, config.fit.warmup_steps,
+        )  # fmt: skip
     fitted, held_out = split_held_out(train, config)
     images = {
         "fit": Images(fitted, _training_features(features, source, config), patch_size, task.fill),

@@ -64,21 +64,22 @@ class FrameFolder:
     """A video as numbered images of one size, in the order of their names."""
 
     info: MediaInfo
-    files: tuple[Path, ...]
+    folder: Path
+    names: tuple[str, ...]  # and no Paths: a kitchen of EPIC has 100,000 frames, and is opened for every clip
 
     @classmethod
     def open(cls, folder: Path, *, fps: float = FOLDER_FPS) -> FrameFolder:
-        files = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES))
-        if not files:
+        names = tuple(sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES)))
+        if not names:
             raise ValueError(f"{folder} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
-        first = open_decoder(files[0].read_bytes(), "image").info
-        end = len(files) / fps
-        return cls(MediaInfo(len(files), fps, 0.0, end, first.width, first.height, first.codec), files)
+        first = open_decoder((folder / names[0]).read_bytes(), "image").info
+        info = MediaInfo(len(names), fps, 0.0, len(names) / fps, first.width, first.height, first.codec)
+        return cls(info, folder, names)
 
     def frames_at(self, times: np.ndarray) -> Tensor:
         """The frames shown at `times` [T]: uint8 [T, C, H, W]."""
-        numbers = np.clip(np.floor(times * self.info.fps), 0, len(self.files) - 1).astype(int)
-        frames = {n: self._frame(self.files[n]) for n in sorted(set(numbers.tolist()))}
+        numbers = np.clip(np.floor(times * self.info.fps), 0, len(self.names) - 1).astype(int)
+        frames = {n: self._frame(self.folder / self.names[n]) for n in sorted(set(numbers.tolist()))}
         return torch.stack([frames[n] for n in numbers.tolist()])
 
     def _frame(self, file: Path) -> Tensor:

@@ -22,7 +22,7 @@ from evals.clip_protocol import (
     validation_clips,
 )
 from evals.features import PixelFeatures
-from evals.media import open_media
+from evals.media import FrameFolder, open_media
 from tests.evals.rendered import ramp, write_video
 
 PLAIN = AugmentConfig(scale_min=1, aspect_min=1, aspect_max=1, erase=0, rand_augment=False)
@@ -172,6 +172,16 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.mp4").write_bytes(b"this is no video")
     with pytest.raises(DecodeError, match=r"bad\.mp4"):
         ClipReader(protocol()).validate(tmp_path / "bad.mp4", ordinal=0)
+
+
+def test_a_folder_of_many_frames_is_listed_by_names_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Path for each of 60,000 frames took a second, for every clip of it."""
+    for name in ("2.PNG", "1.png", "notes.txt"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name, format="png")
+    monkeypatch.setattr(Path, "iterdir", lambda folder: pytest.fail("a Path for every frame"))
+    folder = FrameFolder.open(tmp_path)
+    assert folder.names == ("1.png", "2.PNG")
+    assert folder.frames_at(np.array([0.0, 1 / 12])).shape == (2, 3, 16, 16)
 
 
 def test_a_damaged_frame_of_a_folder_is_named_and_so_is_one_of_another_size(tmp_path: Path) -> None:

@@ -120,9 +120,9 @@ def test_a_source_that_does_not_say_what_it_is_is_refused(tmp_path: Path) -> Non
 
 def test_a_full_cache_says_so_once_and_features_stay_right(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, requests = Counting(), [request(number) for number in range(5)]
-    one = CachedFeatures.of(source, FeatureCache(tmp_path / "one"))
-    one([request(0)])
-    cache = FeatureCache(tmp_path / "few", max_bytes=2 * one.cache.bytes)
+    one = FeatureCache(tmp_path / "one")
+    CachedFeatures.of(source, one)([request(0)])
+    cache = FeatureCache(tmp_path / "few", max_bytes=2 * one.bytes)
     cached = CachedFeatures.of(source, cache)
     for _ in range(2):
         assert torch.equal(cached(requests), LiveFeatures(source)(requests))
@@ -132,18 +132,18 @@ def test_a_full_cache_says_so_once_and_features_stay_right(tmp_path: Path, caplo
 
 
 def test_ranks_share_the_room_that_is_left(tmp_path: Path) -> None:
-    cached = CachedFeatures.of(Counting(), FeatureCache(tmp_path))
-    cached([request(0)])
-    size = cached.cache.bytes
-    shared = CachedFeatures.of(Counting(), FeatureCache(tmp_path, max_bytes=5 * size, writers=2))
-    shared([request(number) for number in range(1, 5)])
-    assert shared.cache.bytes == FeatureCache(tmp_path).bytes == 3 * size
+    cache = FeatureCache(tmp_path)
+    CachedFeatures.of(Counting(), cache)([request(0)])
+    size = cache.bytes
+    shared = FeatureCache(tmp_path, max_bytes=5 * size, writers=2)
+    CachedFeatures.of(Counting(), shared)([request(number) for number in range(1, 5)])
+    assert shared.bytes == FeatureCache(tmp_path).bytes == 3 * size
 
 
 def test_a_cache_knows_its_size_when_it_is_opened_again(tmp_path: Path) -> None:
-    cached = CachedFeatures.of(Counting(), FeatureCache(tmp_path))
-    cached([request(0), request(1)])
-    assert FeatureCache(tmp_path).bytes == cached.cache.bytes > 0
+    cache = FeatureCache(tmp_path)
+    CachedFeatures.of(Counting(), cache)([request(0), request(1)])
+    assert FeatureCache(tmp_path).bytes == cache.bytes > 0
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

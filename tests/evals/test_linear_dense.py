@@ -106,6 +106,15 @@ def test_names_of_scores_and_the_maximum_over_heads(camvid: Path) -> None:
     assert scores[0].value == result.choice.value <= result.choice.max_over_heads == scores[2].value
 
 
+def test_steps_that_end_within_the_warm_up_are_warned_of(camvid: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`fit.steps=5` for a try leaves the recipe's warm-up of 83."""
+    linear_segmentation.run(Colours(), segmentation(camvid, "fit.steps=5"))
+    assert "linear_segmentation_camvid: fit.steps=5 end within fit.warmup_steps=5: no head reaches" in caplog.text
+    caplog.clear()
+    linear_segmentation.run(Colours(), segmentation(camvid, "fit.steps=6"))
+    assert not caplog.text
+
+
 def test_held_out_images_are_not_fitted(camvid: Path) -> None:
     config = segmentation(camvid, "fit.lrs=[0.01,0.05]", "fit.held_out=0.25")
     train, _ = linear_segmentation.open_splits(config)
