@@ -18,10 +18,9 @@ from tests.slurm.conftest import PATIENCE_S, PrivateCluster, command, wait_until
 from tests.slurm.trainings import Training, ranks_of, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long, pytest.mark.timeout(1200)]
-STEPS = 48
 LONG = 120  # of two runs that are preempted together: the faster one makes up to 45 while the other starts again
 LIMIT_AWAY_S = 40
-LONGER = 200  # steps of a run that is to meet its time limit
+LONGER = 200  # steps of a run that is to meet its time limit, or to lose its node before it is done
 GRACE = {"low": 10, "low0": 0}  # partitions and the seconds that they give a preempted job
 PREEMPTIONS = 3  # the first before a step is made
 
@@ -35,7 +34,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(
     running_cluster: PrivateCluster, shards: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[int, float]]:
-    """Steps and losses of a run that nobody interrupts, on the same world; of a shorter run they are the first ones."""
+    """Steps and losses of a run that nobody interrupts, on the same world; of another length they are the first ones of both."""
     run = train(tmp_path_factory.mktemp("undisturbed") / "run", shards, f"train.steps={LONG}")
     assert running_cluster.over(run.job, PATIENCE_S) == ["COMPLETED"], run.said
     assert len(run.segments) == 1
@@ -106,7 +105,7 @@ def test_a_time_limit_and_a_hung_rank_cost_a_restart_and_no_more(
     """Two runs at once: one reaches its time limit, in the other a rank is stopped."""
     limited = train(tmp_path / "limited", shards, f"train.steps={LONGER}")
     watchdog = ["train.watchdog.dump_after_s=15", "train.watchdog.abort_after_s=30"]
-    hung = train(tmp_path / "hung", shards, f"train.steps={STEPS}", *watchdog)
+    hung = train(tmp_path / "hung", shards, f"train.steps={LONG}", *watchdog)
     limited.wait_for_steps(0)
     bring_the_limit_near(limited.job)
     hung.wait_for_steps(0)
@@ -117,7 +116,7 @@ def test_a_time_limit_and_a_hung_rank_cost_a_restart_and_no_more(
     command("scontrol", "update", f"JobId={limited.job}", "TimeLimit=60")
     assert cluster.over(hung.job, PATIENCE_S) == ["COMPLETED"], hung.said
     check_hung(hung, cluster.nodes[1])
-    assert hung.losses == undisturbed[:STEPS]
+    assert hung.losses == undisturbed
     limited.wait_for_steps(1)
     assert limited.segments[0].kind == "interrupted"
     assert limited.segments[0].reason == f"SIGUSR2 at step {limited.segments[0].last_step}"
@@ -146,7 +145,7 @@ def test_a_run_survives_the_death_of_its_first_node(
     cluster: PrivateCluster, shards: Path, undisturbed: list[tuple[int, float]], tmp_path: Path
 ) -> None:
     """The supervisor dies with it: SLURM requeues, the next start writes down what is known."""
-    run = train(tmp_path / "run", shards, f"train.steps={STEPS}")
+    run = train(tmp_path / "run", shards, f"train.steps={LONGER}")
     run.wait_for_steps(0)
     wait_until(lambda: newest_checkpoint(run.folder) >= 5, "no checkpoint", PATIENCE_S)
     dead = cluster.nodes[0]
@@ -160,7 +159,7 @@ def test_a_run_survives_the_death_of_its_first_node(
     assert second.first_step is not None
     assert second.first_step >= 5
     check_continuity(run)
-    assert run.losses == undisturbed[:STEPS]
+    assert run.losses[:LONG] == undisturbed
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a folder that one node alone sees read-only needs root")
