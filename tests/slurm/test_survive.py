@@ -34,7 +34,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(
     running_cluster: PrivateCluster, shards: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[int, float]]:
-    """Steps and losses of a run that nobody interrupts, on the same world; of another length they are the first ones of both."""
+    """Steps and losses of a run that nobody interrupts, on the same world; a longer run begins with them."""
     run = train(tmp_path_factory.mktemp("undisturbed") / "run", shards, f"train.steps={LONG}")
     assert running_cluster.over(run.job, PATIENCE_S) == ["COMPLETED"], run.said
     assert len(run.segments) == 1
