@@ -190,6 +190,7 @@ def judge(
     """How a segment ended: from srun's status, the ranks' notes, where every rank was, and who reported a hang.
 
     `down` are the job's nodes that SLURM cannot reach any more; preempted is what SLURM is known to have ended itself.
+    That srun says 0 is not enough: a rank that is done has left a note, and a run that was cut short must go on.
     srun ends the other ranks with SIGTERM when one has failed: being interrupted by it says nothing while there is a
     failure. SIGUSR2 comes from SLURM alone.
     """
@@ -197,7 +198,7 @@ def judge(
     of_kind = {kind: [o for o in outcomes if o.kind == kind] for kind in ("refused", "preflight", "error")}
     if of_kind["refused"]:
         return Ended("refused", _words(of_kind["refused"][0]))
-    if status == 0 or (not silent and all(outcome.kind == "done" for outcome in outcomes)):
+    if not silent and (status == 0 or all(outcome.kind == "done" for outcome in outcomes)):
         return Ended("done", "all ranks are done")
     if down:
         return Ended("lost", f"{', '.join(down)} went down", down[0] if len(down) == 1 else None)

@@ -56,6 +56,13 @@ def test_all_ranks_done_is_done_even_where_one_falls_over_its_own_feet_afterward
     assert end(134, *notes).kind == "done"
 
 
+def test_an_srun_without_fault_is_not_believed_where_ranks_left_no_word() -> None:
+    assert end(0).kind == "crashed"
+    found = end(0, *(note(rank, "done") for rank in (0, 1, 2)))
+    assert (found.kind, found.culprit) == ("crashed", "tn2")
+    assert found.reason == "rank 3 on tn2 ended without a word; srun's status is 0"
+
+
 def test_a_refused_configuration_is_refused_whatever_srun_did_to_the_others() -> None:
     found = end(143, note(0, "refused", "train.batch.video=7"), *(stopped(rank, TERM) for rank in (1, 2, 3)))
     assert found == Ended("refused", "rank 0 on tn1: train.batch.video=7")

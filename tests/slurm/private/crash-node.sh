@@ -34,8 +34,11 @@ for folder in /proc/[0-9]*; do
     if is_of_node "${step[@]}"; then victims+=("${step[@]}"); fi
 done
 kill -STOP "${victims[@]}" 2>/dev/null || true  # all at once, as with the power
-kill -KILL "${victims[@]}" 2>/dev/null || true
-for folder in /proc/[0-9]*; do  # what was started between the look and the kill
-    if is_of_node "${folder#/proc/}"; then kill -KILL "${folder#/proc/}" 2>/dev/null || true; fi
+for folder in /proc/[0-9]*; do  # the lists of children may lack some, and others were started since: none goes on
+    if is_of_node "${folder#/proc/}"; then
+        kill -STOP "${folder#/proc/}" 2>/dev/null || true
+        victims+=("${folder#/proc/}")
+    fi
 done
+kill -KILL "${victims[@]}" 2>/dev/null || true
 echo "crashed $node: ${victims[*]}"
