@@ -36,6 +36,7 @@ from launch.segments import (
 RUNNING = ("RUNNING", "UNKNOWN")
 """States in which SLURM leaves it to us; UNKNOWN: the controller does not answer now."""
 NOTES_S = 3.0  # that notes of other nodes may take to be seen here, over a network file system
+DONE_S = 60.0  # ... where srun says that nothing failed: NFS may show a folder as it was a minute ago
 REQUEUE_TRIES = 10  # a controller that is being restarted does not answer
 BETWEEN_TRIES_S = 6.0
 KILLED_WITHIN_S = 600.0  # SLURM's kill after a requeue comes in seconds
@@ -106,10 +107,11 @@ def look(order: JobOrder, status: int, situation: Situation) -> tuple[Ended, Seg
 
 def _wait_for_notes(order: JobOrder, status: int, situation: Situation) -> list[Outcome]:
     """The ranks' notes; where all may have left one, those of other nodes are waited for a moment."""
-    deadline = time.monotonic() + (NOTES_S if status in (128 + signal.SIGUSR2, 128 + signal.SIGTERM) else 0)
+    patience = {0: DONE_S, 128 + signal.SIGUSR2: NOTES_S, 128 + signal.SIGTERM: NOTES_S}
+    deadline = time.monotonic() + patience.get(status, 0.0)
     while True:
         outcomes = read_outcomes(order.folder, situation.job, situation.restart, order.world)
-        if len(outcomes) == order.world or status == 0 or time.monotonic() > deadline:
+        if len(outcomes) == order.world or time.monotonic() > deadline:
             return outcomes
         time.sleep(POLL_S)
 

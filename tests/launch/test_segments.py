@@ -4,9 +4,14 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from launch import after_job
+from launch.after_job import Situation
+from launch.job_order import JobOrder
 from launch.segments import (
     Decision,
     Ended,
@@ -61,6 +66,18 @@ def test_an_srun_without_fault_is_not_believed_where_ranks_left_no_word() -> Non
     found = end(0, *(note(rank, "done") for rank in (0, 1, 2)))
     assert (found.kind, found.culprit) == ("crashed", "tn2")
     assert found.reason == "rank 3 on tn2 ended without a word; srun's status is 0"
+
+
+def test_notes_that_come_late_over_a_network_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = [note(rank, "done") for rank in PLACES]
+    looks = [notes[:2], notes[:2], notes]
+    monkeypatch.setattr(after_job, "read_outcomes", lambda *_: looks.pop(0))
+    monkeypatch.setattr(after_job, "POLL_S", 0.0)
+    order = cast(JobOrder, SimpleNamespace(folder=Path(), world=len(PLACES)))
+    situation = Situation("7", 0, ["tn1", "tn2"], "RUNNING", False, [])
+    assert after_job._wait_for_notes(order, 0, situation) == notes
+    looks[:] = [notes[:2]]
+    assert after_job._wait_for_notes(order, 1, situation) == notes[:2], "a failed rank leaves none"
 
 
 def test_a_refused_configuration_is_refused_whatever_srun_did_to_the_others() -> None:
