@@ -53,6 +53,7 @@ class Situation:
     state: str
     is_preempted: bool
     down: list[str]  # of its nodes
+    is_superseded: bool = False  # this node was taken for dead: the job runs again, and its next start decides
 
     @classmethod
     def now(cls) -> Situation:
@@ -65,7 +66,8 @@ class Situation:
             say(str(error))
             nodes, told, down = [os.environ.get("SLURMD_NODENAME", "?")], {}, []
         state = told.get("JobState", "UNKNOWN")
-        return cls(job, restart_count(), nodes, state, state not in RUNNING or _is_preempted(told), down)
+        is_preempted = state not in RUNNING or _is_preempted(told)
+        return cls(job, restart_count(), nodes, state, is_preempted, down, _is_superseded(told))
 
     @property
     def is_ours_to_decide(self) -> bool:
@@ -76,6 +78,11 @@ def _is_preempted(told: Mapping[str, str]) -> bool:
     """Whether preemption was announced in this segment; the times are written as 2026-11-25T21:20:50."""
     announced = told.get("PreemptTime", "None")
     return announced not in ("None", "N/A") and announced >= told.get("StartTime", "")
+
+
+def _is_superseded(told: Mapping[str, str]) -> bool:
+    """Whether a later start runs; SLURM counts it from the requeue on, while the earlier one is ending still."""
+    return told.get("JobState") == "RUNNING" and int(told.get("Restarts", "0")) > restart_count()
 
 
 def look(order: JobOrder, status: int, situation: Situation) -> tuple[Ended, Segment]:
@@ -144,10 +151,15 @@ def act(decision: Decision, situation: Situation, ended_by: Sequence[int]) -> in
     if decision.action != "requeue":
         return decision.status
     requeue(situation.job, decision.excluded)
-    deadline = time.monotonic() + KILLED_WITHIN_S
-    while not ended_by and time.monotonic() < deadline:  # left before, the job would count as completed
-        time.sleep(POLL_S)
+    wait_for_the_end(ended_by)
     return 0
+
+
+def wait_for_the_end(ended_by: Sequence[int]) -> None:
+    """Until SLURM ends the script: were it to end by itself, the job would count as completed."""
+    deadline = time.monotonic() + KILLED_WITHIN_S
+    while not ended_by and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def requeue(job: str, excluded: Sequence[str]) -> None:
@@ -158,8 +170,8 @@ def requeue(job: str, excluded: Sequence[str]) -> None:
             break
         except SchedulerError as error:
             say(str(error))
-            if _is_over(job):
-                return  # SLURM was faster
+            if _is_decided(job):
+                return  # SLURM was faster, or has heard us after all
             if not left:
                 raise
             time.sleep(BETWEEN_TRIES_S)
@@ -170,11 +182,12 @@ def requeue(job: str, excluded: Sequence[str]) -> None:
             say(str(error))
 
 
-def _is_over(job: str) -> bool:
+def _is_decided(job: str) -> bool:
     try:
-        return scheduler.describe(job).get("JobState", "UNKNOWN") not in RUNNING
+        told = scheduler.describe(job)
     except SchedulerError:
         return False
+    return told.get("JobState", "UNKNOWN") not in RUNNING or _is_superseded(told)
 
 
 def say(text: str) -> None:
@@ -191,8 +204,12 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     order, status = JobOrder.read(argv[0]), int(argv[1])
-    situation = Situation.now()
-    ended, segment = look(order, status, situation)
+    ended, segment = look(order, status, Situation.now())
+    situation = Situation.now()  # notes may have been waited for
+    if situation.is_superseded:
+        say(f"start {situation.restart} of job {situation.job} was given up for lost; a later one runs and decides")
+        wait_for_the_end(ended_by)
+        return 0
     decision = choose(order, ended, segment, situation)
     words = {"requeue": "requeued", "stop": "stopped", "leave": "", "finish": ""}[decision.action]
     text = ": ".join(filter(None, [words, decision.reason]))

@@ -201,8 +201,12 @@ def test_a_stream_through_a_hail_of_faults_is_exact(shards: Path, faulty: Faulty
     faulty.inject(*hail)
     found = stream(built)
     assert found == stream(build_loader(config(shards), seed=1, batch={"video": 6, "image": 12}, stop_step=4))
-    counted = built.dataset.counters()["video"]["debug"]
-    assert counted["retries"] > 5  # counted in the workers, seen here
+    by_modality = built.dataset.counters()  # counted in the workers, seen here
+    suffered = sum(fault is not None for fault in hail[: len(faulty.proxy.requests)])
+    assert suffered > 10
+    # Whose requests they were is chance, and a busy machine may add time-outs.
+    assert sum(by_modality[name]["debug"]["retries"] for name in ("video", "image")) >= suffered
+    counted = by_modality["video"]["debug"]
     assert counted["records"] == 24
     asked = counted["requests"] - counted["retries"]
     assert 24 + 3 <= asked <= 24 + 4  # manifest, size, and the index once or, where both workers begin at once, twice

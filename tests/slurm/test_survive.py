@@ -19,7 +19,7 @@ from tests.slurm.trainings import Training, ranks_of, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long, pytest.mark.timeout(1200)]
 LONG = 120  # of two runs that are preempted together: the faster one makes up to 45 while the other starts again
-SHORT = 48  # of a run whose node comes back: 30 s into its second start SLURM kills by the job's number once more
+SHORT = 48  # of a run that is to lose its node before it is done
 LIMIT_AWAY_S = 40
 LONGER = 200  # steps of a run that is to meet its time limit
 GRACE = {"low": 10, "low0": 0}  # partitions and the seconds that they give a preempted job
