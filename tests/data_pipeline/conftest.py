@@ -5,14 +5,21 @@ from pathlib import Path
 
 import hypothesis.configuration
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from data_pipeline.prepare.synthetic import make_debug_shards
 
 # The same examples in every run, and nothing left in the tree; a failure is made small, which takes long enough.
 _PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "vjepa-hypothesis")
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, phases=_PHASES)
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],  # of the machine, not of the claim
+    database=None,
+    phases=_PHASES,
+)
 settings.load_profile("repeatable")
 
 

@@ -73,9 +73,9 @@ def nginx(root: Path, scratch: Path, certificate: Path | None = None) -> Iterato
 
 
 def _answers(port: int, process: subprocess.Popen[bytes]) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60  # where the port was taken meanwhile, it ends by itself
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=60):
             return True
         time.sleep(0.02)
     return False
@@ -161,7 +161,7 @@ class Proxy:
         """The whole answer to a request without a body."""
         lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
         lines.insert(1, b"Connection: close")
-        with socket.create_connection(self.upstream, timeout=10) as server:
+        with socket.create_connection(self.upstream, timeout=60) as server:
             server.sendall(b"\r\n".join(lines))
             answer = b""
             while piece := server.recv(1 << 16):
@@ -172,7 +172,7 @@ class Proxy:
 class _Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         proxy: Proxy = self.server.proxy  # pyright: ignore[reportAttributeAccessIssue]
-        self.request.settimeout(10)
+        self.request.settimeout(60)
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             piece = self.request.recv(1 << 16)

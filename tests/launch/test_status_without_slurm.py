@@ -123,9 +123,10 @@ def test_without_accounting_hours_and_restarts_are_from_the_runs_own_notes(tmp_p
     answer(slurm, "sacct", NO_ACCOUNTS)
     answer(slurm, "squeue", "echo '17|primary|RUNNING|None|n[1-2]|2026-11-26T00:48:06|23:00'")
     found = read_status(folder)
+    least, most = 1800 + 3600, 1800 + 3600 + time.time() - now  # it runs on while it is looked at
     (stage,) = found.stages
-    assert stage.gpu_hours == pytest.approx((1800 + 3600) * 8 / 3600, abs=0.01)
-    assert stage.cpu_hours == pytest.approx((1800 + 3600) * 24 / 3600, abs=0.03)
+    assert least * 8 / 3600 <= stage.gpu_hours <= most * 8 / 3600
+    assert least * 24 / 3600 <= stage.cpu_hours <= most * 24 / 3600
     assert (stage.state, stage.restarts) == ("RUNNING", 1)
     assert "hours and ends are from the run's own notes" in said(found)
     assert "Slurm accounting storage is disabled" in said(found)

@@ -229,14 +229,17 @@ def test_another_command_is_no_continuation(tmp_path: Path) -> None:
 def test_a_grid_runs_several_at_a_time_and_all_of_them_before_a_signal_ends_it(tmp_path: Path) -> None:
     sweep = asked(*DEMO, "--sweep", f"{KEY}=1,5,20,100", "--jobs", "3", f"run_dir={tmp_path}")
     together, most = 0, 0
-    lock = threading.Lock()
+    lock, are_three = threading.Lock(), threading.Event()
 
     def runner(name: str, values: Values) -> Trial:
         nonlocal together, most
         with lock:
             together += 1
             most = max(most, together)
-        time.sleep(0.05)
+            if together == 3:
+                are_three.set()
+        assert are_three.wait(120)
+        time.sleep(0.05)  # a fourth one too many would come meanwhile
         with lock:
             together -= 1
         return KnownRuns()(name, values)
@@ -308,7 +311,7 @@ def test_scores_are_the_headlines_of_the_tasks_over_their_probes() -> None:
 
 def test_a_signal_reaches_what_runs_and_nothing_is_started_after_it(tmp_path: Path) -> None:
     code = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print('up', flush=True); time.sleep(60)"
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print('up', flush=True); time.sleep(600)"
     )
     log = tmp_path / "log"
     with Trainings() as trainings, log.open("w") as file:

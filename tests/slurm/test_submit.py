@@ -123,7 +123,7 @@ def test_a_rank_that_dies_ends_the_job_in_seconds(cluster: PrivateCluster, tmp_p
     ranks = ranks_of(run.job)
     assert set(ranks) == {0, 1, 2, 3}
     os.kill(ranks[3], signal.SIGKILL)
-    wait_until(lambda: not ranks_of(run.job), lambda: f"ranks {ranks_of(run.job)} of a dead job run on", 45)
+    wait_until(lambda: not ranks_of(run.job), lambda: f"ranks {ranks_of(run.job)} of a dead job run on", 120)
     assert cluster.over(run.job, PATIENCE_S) == ["FAILED"]
 
 
@@ -132,7 +132,7 @@ def test_two_jobs_on_one_node_meet_beside_a_port_that_is_taken(cluster: PrivateC
     program = (
         "import sys, torch.distributed as dist; from pathlib import Path; from launch.rendezvous import Place, meet\n"
         "place = Place.of_slurm(); place.export()\n"
-        "store = meet(Path(sys.argv[1]), place, seconds=60)\n"
+        "store = meet(Path(sys.argv[1]), place, seconds=300)\n"
         "dist.init_process_group('gloo', store=store, rank=place.rank, world_size=place.size)\n"
         "print(place.job, store.port, dist.get_world_size(), flush=True)\n"
         "dist.barrier(); dist.destroy_process_group()\n"

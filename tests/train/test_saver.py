@@ -20,7 +20,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     event, save = threading.Event(), checkpoint.save
 
     def waiting(*arguments: Any) -> Path:
-        assert event.wait(30)
+        assert event.wait(300)
         return save(*arguments)
 
     monkeypatch.setattr(checkpoint, "save", waiting)

@@ -25,7 +25,7 @@ Outcomes = list[dict[str, tuple[int, str]]]
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [*TORCHRUN, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200
+        [*TORCHRUN, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

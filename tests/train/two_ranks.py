@@ -71,7 +71,7 @@ def noting_weights(found: list[str]) -> Iterator[None]:
 def main() -> None:
     out, rank = Path(sys.argv[1]), os.environ["RANK"]
     run_dir.LOCK_PATIENCE_S = 0.5
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     leave = dist.destroy_process_group
     dist.init_process_group = dist.destroy_process_group = lambda *arguments, **keywords: None
     outcomes = {
