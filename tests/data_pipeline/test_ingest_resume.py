@@ -58,6 +58,21 @@ def test_killed_at_any_step_on_disk_it_goes_on_to_the_same_bytes(inputs: Path, t
     assert int(done.stdout) > 30
 
 
+# The command, but that it stops to take results after the fourth: it is not done before it is killed.
+HELD = """
+import sys, time
+from data_pipeline.prepare import ingest
+take = ingest.in_order
+def held(*arguments, **named):
+    for number, result in enumerate(take(*arguments, **named)):
+        if number == 4:
+            time.sleep(3600)
+        yield result
+ingest.in_order = held
+ingest.main(sys.argv[1:])
+"""
+
+
 def test_killed_with_all_its_processes_at_work_it_goes_on_to_the_same_bytes(tmp_path: Path):
     folder = tmp_path / "inputs"
     folder.mkdir()
@@ -66,10 +81,12 @@ def test_killed_with_all_its_processes_at_work_it_goes_on_to_the_same_bytes(tmp_
         write_video(folder / f"{i}.mp4", np.roll(noise, i, axis=2))
     ingest([folder], tmp_path / "undisturbed", IngestOptions(shard_count=3))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "data_pipeline.prepare.ingest", str(folder), "--out", str(out)]
-    command += ["--shard-count", "3", "--jobs", "2", "--quiet"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2])
-    while len(list(tmp_path.glob("out.partial/spool/*/outcome.json"))) < 2 and process.poll() is None:
+    arguments = [str(folder), "--out", str(out), "--shard-count", "3", "--jobs", "2", "--quiet"]
+    command = [sys.executable, "-m", "data_pipeline.prepare.ingest", *arguments]
+    held = [sys.executable, "-c", HELD, *arguments]
+    process = subprocess.Popen(held, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2])
+    while len(list(tmp_path.glob("out.partial/spool/[0-9]/outcome.json"))) < 2:
+        assert process.poll() is None
         time.sleep(0.005)
     process.kill()
     process.wait()
