@@ -82,7 +82,10 @@ def _answers(port: int, process: subprocess.Popen[bytes]) -> bool:
 
 
 Fault = Callable[[bytes, Callable[[bytes], None]], None]
-"""Given a whole answer and a way to send bytes, sends what the fault leaves of it; then the connection is closed."""
+"""Given a whole answer and a way to send bytes, sends what the fault leaves of it; then the connection is closed.
+
+An answer of its own says so, for a client that repeats its request before the end is there would lose it otherwise.
+"""
 
 
 class Reset(Exception):
@@ -107,12 +110,12 @@ def truncate(answer: bytes, send: Callable[[bytes], None]) -> None:
 
 def busy(answer: bytes, send: Callable[[bytes], None]) -> None:
     """503, please come back at once."""
-    send(b"HTTP/1.1 503 Slow Down\r\nRetry-After: 0\r\nContent-Length: 0\r\n\r\n")
+    send(b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nRetry-After: 0\r\nContent-Length: 0\r\n\r\n")
 
 
 def too_many(answer: bytes, send: Callable[[bytes], None]) -> None:
     """429."""
-    send(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 5\r\n\r\nlater")
+    send(b"HTTP/1.1 429 Too Many Requests\r\nConnection: close\r\nContent-Length: 5\r\n\r\nlater")
 
 
 def trickle(answer: bytes, send: Callable[[bytes], None]) -> None:

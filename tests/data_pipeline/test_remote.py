@@ -290,7 +290,7 @@ def test_the_time_for_all_attempts_is_limited(faulty: Faulty, clock: Clock):
 
 def test_retry_after_is_obeyed_up_to_the_longest_wait(web: str, clock: Clock):
     def later(answer: bytes, send: object) -> None:
-        send(b"HTTP/1.1 503 Busy\r\nRetry-After: 3600\r\nContent-Length: 0\r\n\r\n")  # pyright: ignore
+        send(b"HTTP/1.1 503 Busy\r\nConnection: close\r\nRetry-After: 3600\r\nContent-Length: 0\r\n\r\n")  # pyright: ignore
 
     with faulty_proxy(("127.0.0.1", port_of(web))) as proxy:
         policy = dataclasses.replace(QUICK, longest_wait=60.0)
