@@ -204,12 +204,13 @@ class _Worker(Generic[Piece, Result]):
         return self._piece is None
 
     def give(self, number: int, piece: Piece) -> bool:
-        """Hand a piece over; False where the process is no longer there."""
+        """Hand a piece over; False where an idle process is no longer there. One that dies at its start: see `read`."""
         try:
             self.pipe.send(piece)
         except OSError:
-            self.stop()
-            return False
+            if self._is_started:
+                self.stop()
+                return False
         self._piece, self._since = (number, piece), time.monotonic()
         return True
 

@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_pipeline import pool
 from data_pipeline.pool import Lost, in_order
 
 
@@ -43,6 +45,23 @@ def test_what_kills_or_hangs_a_process_is_lost_alone():
     assert "SIGSEGV" in lost[signal.SIGSEGV]
     assert lost["hang"] == "took longer than 5 s and was stopped"
     assert len(lost) == 3
+
+
+def test_a_process_that_is_killed_before_it_gets_its_piece_is_lost_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    start, started = pool._Worker.__init__, list[int]()
+
+    def killed_at_once(self: pool._Worker, *arguments: Any) -> None:
+        start(self, *arguments)
+        started.append(self.pid)
+        if len(started) == 1:
+            self._process.kill()
+            self._process.join()
+
+    monkeypatch.setattr(pool._Worker, "__init__", killed_at_once)
+    (_, lost), (_, nine) = in_order(work, [2, 3], jobs=2, timeout=120)
+    assert isinstance(lost, Lost)
+    assert "SIGKILL" in lost.reason
+    assert (nine, len(started)) == (9, 2)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
