@@ -115,6 +115,32 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         load_transformers(tmp_path)
 
 
+def test_weights_that_are_missing_are_refused_and_not_drawn_at_random(tmp_path: Path) -> None:
+    """`transformers` only logs it: the rows of `trained` would be those of random weights."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder = save(tmp_path / "m", tiny_dinov2())
+    weights = safetensors.load_file(folder / "model.safetensors")
+    fewer = {name: value for name, value in weights.items() if "mask_token" not in name}
+    safetensors.save_file(fewer, folder / "model.safetensors", metadata={"format": "pt"})
+    load_transformers(folder)  # what no token depends on may be missing
+    renamed = {f"backbone.{name}": value for name, value in weights.items()}
+    safetensors.save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="m lacks .* weights of its model, such as embeddings"):
+        load_transformers(folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(ValueError, match="cannot read .*m "):
+        load_transformers(folder)
+
+
+def test_weights_stored_in_bf16_are_computed_with_in_fp32(tmp_path: Path) -> None:
+    model, clips = tiny_vjepa2().to(torch.bfloat16), random_clips()
+    source = load_transformers(save(tmp_path / "m", model))
+    exact = model.float()
+    with torch.no_grad():
+        wanted = exact(normalise(clips).transpose(1, 2), skip_predictor=True).last_hidden_state
+    torch.testing.assert_close(source.tokens(clips).flatten(1, 3), wanted)
+
+
 def test_a_users_own_function_is_a_source() -> None:
     def patches(clips: Tensor) -> Tensor:  # [B, 3, T, H, W] -> the mean colour of each patch
         return torch.nn.functional.avg_pool3d(clips, (2, 8, 8)).flatten(2).transpose(1, 2)
