@@ -71,7 +71,7 @@ class FrameFolder:
     def open(cls, folder: Path, *, fps: float = FOLDER_FPS) -> FrameFolder:
         names = tuple(sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES)))
         if not names:
-            raise ValueError(f"{folder} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
+            raise DecodeError(f"{folder} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
         first = open_decoder((folder / names[0]).read_bytes(), "image").info
         info = MediaInfo(len(names), fps, 0.0, len(names) / fps, first.width, first.height, first.codec)
         return cls(info, folder, names)

@@ -17,7 +17,7 @@ from evals.anticipation import AnticipationFeatures
 from evals.epic_kitchens import actions_on_disk
 from evals.features import FeatureSource
 from evals.grid import MAX_OVER_HEADS, Choice, HeadGrid, StateFile, choose, fit_grid, score_heads
-from evals.labelled_files import Split, read_index
+from evals.labelled_files import Split, check_splits, read_index
 from evals.probe_config import ProbeConfig
 from evals.probe_task import AnticipationTask, ClassificationTask, Part, ProbeTask, Score
 from evals.probe_tokens import Tokens
@@ -49,6 +49,7 @@ def describe_data(config: ProbeConfig) -> str:
     else:
         files = {"train": data.train_files, "validation": data.validation_files}
         indices = [read_index(data.name, data.root, s, files=files[s], skip_missing=data.skip_missing) for s in SPLITS]
+        check_splits(*indices)
         found = [f"{index.labels} {' '.join(map(str, index.paths))}" for index in indices]
     return f"{Path(data.root).resolve()} {found}"
 

@@ -125,10 +125,10 @@ def test_weights_that_are_missing_are_refused_and_not_drawn_at_random(tmp_path: 
     load_transformers(folder)  # what no token depends on may be missing
     renamed = {f"backbone.{name}": value for name, value in weights.items()}
     safetensors.save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="m lacks .* weights of its model, such as embeddings"):
+    with pytest.raises(ValueError, match=r"m lacks .* weights of its model, such as embeddings"):
         load_transformers(folder)
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500])
-    with pytest.raises(ValueError, match="cannot read .*m "):
+    with pytest.raises(ValueError, match=r"cannot read .*m "):
         load_transformers(folder)
 
 
