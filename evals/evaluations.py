@@ -6,6 +6,7 @@ can take what it would be shown) and `measure` (the scores of a model). Question
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,7 +26,7 @@ from evals.dense_sets import DenseSet
 from evals.floors import DEPTH_FLOORS, SEGMENTATION_FLOORS, TRACKING_FLOORS, DenseFloor, Floor
 from evals.labelled_files import DataMissing
 from evals.labelled_suite import read_splits, score_source
-from evals.media import stamp
+from evals.media import stamp, writing
 from evals.models import Model, PixelModel, rehearse_clips, show
 from evals.overlays import tracking_picture
 from evals.probe_config import ProbeConfig, load_probe
@@ -40,6 +41,7 @@ from evals.videos import AnnotatedVideo, DatasetError, DatasetName, open_dataset
 from vjepa.config import ConfigError, config_hash, merge, resolve
 from vjepa.train.distributed import World
 
+log = logging.getLogger(__name__)
 NUM_PICTURED = 2  # first test images or videos in OUT/pictures/NAME/MODEL
 
 Entrant = Model | Floor
@@ -51,6 +53,11 @@ class Evaluation(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def config(self) -> Any:
+        """The recipe, a dataclass."""
+        ...
+
     @property
     def floors(self) -> tuple[str, ...]:
         """Names of the floors that are measured beside the models, as Floor."""
@@ -81,8 +88,13 @@ class Evaluation(Protocol):
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    """Without a picture a measurement is still one: where it cannot be written, the log says so."""
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    except OSError as error:
+        log.warning("%s", error)
 
 
 # ----------------------------------------------------------------------------------------------- kinds of evaluation

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_pipeline.decode import DecodeError, frames_at, open_decoder
 from evals.jf import Protocol
+from evals.media import writing
 from evals.protocol import NotThere
 
 DatasetName = Literal["davis2016", "davis2017", "youtube_vos", "folder"]
@@ -97,10 +98,11 @@ def read_mask(path: Path) -> np.ndarray:
 def write_mask(path: Path, ids: np.ndarray) -> None:
     """Object ids, uint8 [H, W], as a PNG with the colours that DAVIS uses."""
     assert ids.dtype == np.uint8, f"object ids must be uint8, got {ids.dtype}"
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(ids)
     picture.putpalette(PALETTE.tobytes())  # makes it a palette picture
-    picture.save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
 
 
 def _palette() -> np.ndarray:

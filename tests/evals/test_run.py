@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from evals import pace
 from evals.cache import encoder_identity
 from evals.comparison import compare, rows_by_digest
 from evals.models import EncoderModel, ForeignModel, PixelModel, load_models
+from evals.protocol import Row
 from evals.published import PUBLISHED
 from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
 from evals.results import read_summary_rows
@@ -305,6 +307,40 @@ def test_a_stopped_command_says_that_it_goes_on(
     )
     assert main(arguments(sets, model, tmp_path)) == 0
     assert capsys.readouterr().err.count("done before") == 4, "CamVid, of three models and a floor"
+
+
+def test_rows_have_their_settings_beside_them_and_a_summary_that_lacks_them_gets_them(
+    sets: Path, model: Path, tmp_path: Path
+) -> None:
+    """A command may be killed between two files."""
+    command = arguments(sets, model, tmp_path, suite="camvid")[:-2]
+    assert main(command) == 0
+    (digest,) = {row.digest for row in rows_of(tmp_path) if row.model == "trained"}
+    settings = json.loads((tmp_path / "evals" / "settings" / f"{digest}.json").read_text())
+    assert (settings["evaluation"], settings["model"]) == ("camvid", "trained")
+    assert settings["recipe"]["fit"]["steps"] == 20
+    before = (tmp_path / "summary.json").read_text()
+    (tmp_path / "summary.json").unlink()
+    assert main(command) == 0
+    assert (tmp_path / "summary.json").read_text() == before
+
+
+def test_a_full_disk_loses_no_row(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures are done without; rows that cannot be written are printed."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    monkeypatch.setattr("evals.results.os.fsync", full)
+    assert main(arguments(sets, model, tmp_path, suite="camvid")[:-2]) == 2
+    said = capsys.readouterr().err
+    assert "00.png cannot be written ([Errno 28] No space left on device): make room there" in said
+    assert "What was measured, to be added to " in said
+    row = Row(**json.loads(next(line for line in said.splitlines() if line.startswith("{"))))
+    assert (row.task, row.model) == ("linear_segmentation_camvid", "trained")
 
 
 def test_what_cannot_be_kept_is_said_before_it_is_measured(
