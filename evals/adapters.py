@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evals.cache import module_identity
+from evals.cache import file_digest, module_identity
 from evals.features import bf16_on_gpus, finite
 from evals.protocol import DoesNotFit
 from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD, Grid
@@ -90,7 +90,10 @@ class CallableFeatures:
 
 
 def load_user(spec: str, *, device: str = "cpu") -> CallableFeatures:
-    """What FUNCTION(device) of a user's file gives, for `spec` FILE.py:FUNCTION: with an identity."""
+    """What FUNCTION(device) of a user's file gives, for `spec` FILE.py:FUNCTION.
+
+    Its identity is the one it gives and what else decides the numbers: how pixels are made, and the file itself.
+    """
     file, _, function = spec.rpartition(":")
     hint = "write py:FILE.py:FUNCTION, where FUNCTION(device) returns an evals.adapters.CallableFeatures"
     if not Path(file).is_file():
@@ -110,7 +113,8 @@ def load_user(spec: str, *, device: str = "cpu") -> CallableFeatures:
             f"--model py:{spec}: give its CallableFeatures an identity, by which results are known again, such as "
             "evals.cache.module_identity(model, {})"
         )
-    return source
+    read_as = (source.patch_size, source.tubelet_size, source.normalisation, file_digest(Path(file)))
+    return replace(source, identity=f"{source.identity} {read_as}")
 
 
 # ------------------------------------------------------------------------------------------------- transformers' models

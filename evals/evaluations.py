@@ -129,8 +129,14 @@ class Dense:
         return self.module.open_splits(self.config)
 
     def open(self) -> str:
-        keys = [" ".join(f"{item.key} {item.stamp()}" for item in split.items) for split in self.splits]
-        return f"{Path(self.config.data.root).resolve()} {keys}"
+        train, test = ([f"{item.key} {item.stamp()}" for item in split.items] for split in self.splits)
+        if shared := sorted(set(train) & set(test)):
+            log.warning(
+                "%s: %d of %d test images are training images too, such as %s: figures say nothing of unseen images; "
+                "see data.train_split=%s and data.test_split=%s",
+                self.name, len(shared), len(test), shared[0].split()[0], *(each.split for each in self.splits),
+            )  # fmt: skip
+        return f"{Path(self.config.data.root).resolve()} {[' '.join(train), ' '.join(test)]}"
 
     def numbers(self) -> str:
         config: DenseConfig = self.config

@@ -68,8 +68,9 @@ class AnnotatedVideo:
 
     @cached_property
     def object_ids(self) -> tuple[int, ...]:
-        """All objects that have a true mask anywhere, ascending."""
-        return tuple(sorted(self._ids(self.masks)))
+        """The objects that are scored, ascending: on DAVIS those of the first mask, otherwise all that have one."""
+        first = next(iter(self.masks), None)
+        return tuple(sorted(self._ids([first] if self.protocol == "davis" and first is not None else self.masks)))
 
     def _ids(self, frames: Iterable[str]) -> dict[int, str]:
         """Object -> the first of these frames that shows it."""

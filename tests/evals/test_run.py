@@ -15,7 +15,7 @@ import vjepa
 from evals import pace
 from evals.cache import encoder_identity
 from evals.comparison import compare, rows_by_digest
-from evals.models import EncoderModel, ForeignModel, PixelModel, load_models
+from evals.models import EncoderModel, ForeignModel, PixelModel, load_model, load_models
 from evals.protocol import Row
 from evals.published import PUBLISHED
 from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
@@ -420,6 +420,31 @@ def test_a_users_own_encoder_is_measured_by_the_command(tmp_path: Path, sets: Pa
     values = {row.model: row.value for row in rows_of(tmp_path) if row.task == "linear_segmentation_camvid"}
     assert set(values) == {"colours", "again", "rgb", "location_prior"}
     assert values["colours"] == values["again"] > 0.4, "classes are colours"
+
+
+def test_a_users_encoder_that_is_changed_is_another(tmp_path: Path) -> None:
+    """Its rows and cached features would be taken for those of the new one, whose weights are the same."""
+    file, identities = tmp_path / "mine.py", set()
+    for text in (USERS, USERS.replace('"colours, 1"', '"colours, 2"'), USERS.replace("avg_pool3d", "max_pool3d")):
+        file.write_text(text)
+        identities.add(load_model(f"py:{file}:load").identity)
+    assert len(identities) == 3
+
+
+def test_names_that_are_no_names_of_files_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--model a/b=\.\.\.: files and folders are called by this name"):
+        load_models(["a/b=untrained:vit_debug"])
+
+
+def test_images_that_are_trained_and_tested_on_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_rgbd(tmp_path / "rgbd", 4)
+    (asked,) = find("rgbd", [f"data.root={tmp_path}", "data.train_split=0:1", "data.test_split=1:"])
+    asked.open()
+    assert not caplog.records
+    (asked,) = find("rgbd", [f"data.root={tmp_path}", "data.train_split=0:2", "data.test_split=1:"])
+    asked.open()
+    assert "rgbd: 1 of 3 test images are training images too" in caplog.text
+    assert "data.train_split=0:2 and data.test_split=1:" in caplog.text
 
 
 @pytest.mark.parametrize(
