@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from evals.cache import CLIPS_VERSION
 from evals.evaluations import Entrant, Evaluation
 from evals.floors import Floor
 from evals.models import Model
@@ -36,6 +37,8 @@ from evals.results import (
     write_whole,
 )
 from vjepa.train.distributed import ALONE, World
+
+NUMBERS_VERSION = 1  # of the code that measures: raised when a recipe gives other numbers, for rows are kept by it
 
 
 class SetsMissing(ValueError):
@@ -212,8 +215,16 @@ def _headline(rows: Sequence[Row]) -> str:
 
 
 def digest_of(evaluation: Evaluation, data: str, model: Entrant) -> str:
-    """Of the weights, the recipe, the files, and the name the rows are kept under."""
-    parts = (evaluation.name, evaluation.numbers(), data, model.identity, evaluation.column(model))
+    """Of the weights, the recipe, the files, and the name the rows are kept under; and of the code, by its numbers."""
+    parts = (
+        NUMBERS_VERSION,
+        CLIPS_VERSION,
+        evaluation.name,
+        evaluation.numbers(),
+        data,
+        model.identity,
+        evaluation.column(model),
+    )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

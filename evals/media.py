@@ -34,7 +34,7 @@ def is_image(path: Path) -> bool:
 
 def content_digest(path: Path) -> str:
     """Of the bytes of a file, or of all frames in a folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
     return " ".join(map(file_digest, files))
 
 

@@ -33,7 +33,7 @@ class ProbeData:
     validation_files: str | None = None
     skip_missing: bool = False  # go on without files that are named and not on disk
     skip_damaged: bool = False  # go on without files that cannot be decoded; in training the next one stands in
-    held_out: float = 0.1  # share of training files on which the best head is chosen
+    held_out: float = 0.1  # share of training files on which the best head is chosen; none of one head
 
     def __post_init__(self) -> None:
         if self.name not in (*DATASETS, EPIC_KITCHENS):

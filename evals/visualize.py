@@ -26,7 +26,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from data_pipeline.clips import clip_times
-from data_pipeline.decode import frames_at, open_decoder
+from data_pipeline.decode import DecodeError, frames_at, open_decoder
 from data_pipeline.transforms import make_eval_view
 from evals.embed_config import GEOMETRY, Fit, make_config
 from evals.models import load_model
@@ -264,7 +264,10 @@ def draw_clip(options: argparse.Namespace) -> None:
     asked = {name: value for name in GEOMETRY if (value := getattr(options, name)) is not None}
     geometry = GEOMETRY | trained_geometry(options.model) | asked
     modality = guess_modality(options.clip)
-    clip = read_clip(options.clip.read_bytes(), modality, **geometry, position=options.position)
+    try:
+        clip = read_clip(options.clip.read_bytes(), modality, **geometry, position=options.position)
+    except DecodeError as error:
+        raise DecodeError(f"--clip {options.clip}: {error}") from error
     rgb = pca_images(patch_features(from_pretrained(options.model), clip, level=options.level))
     figure = pca_grid(clip.permute(1, 2, 3, 0), rgb, title=f"{options.clip.name} seen by {options.model}")
     figure.savefig(options.out)

@@ -14,7 +14,7 @@ from PIL import Image
 import vjepa
 from evals import pace
 from evals.cache import encoder_identity
-from evals.comparison import compare, rows_by_digest
+from evals.comparison import compare, digest_of, rows_by_digest
 from evals.models import EncoderModel, ForeignModel, PixelModel, load_model, load_models
 from evals.protocol import Row
 from evals.published import PUBLISHED
@@ -277,6 +277,15 @@ def test_a_set_whose_files_have_changed_is_another_set(tmp_path: Path) -> None:
         changed.write_bytes(changed.read_bytes() + b" ")
     asked = find("camvid,davis2017,motion", [f"data.root={tmp_path}"])
     assert all(mine != theirs for mine, theirs in zip([each.open() for each in asked], before, strict=True))
+
+
+@pytest.mark.parametrize("version", ["NUMBERS_VERSION", "CLIPS_VERSION"])
+def test_rows_of_code_that_gave_other_numbers_are_not_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (asked,), model = find("camvid", ["data.root=/data"]), PixelModel(16, 2)
+    before = digest_of(asked, "files", model)
+    assert digest_of(asked, "files", model) == before
+    monkeypatch.setattr(f"evals.comparison.{version}", 2)
+    assert digest_of(asked, "files", model) != before
 
 
 def test_long_loops_say_how_far_they_are(
