@@ -254,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_whole = is_film or options.whole or options.patch or options.patch_tokens
     try:
         (draw_video if is_whole else draw_clip)(options)
+    except DecodeError as error:
+        sys.exit(f"error: --clip {options.clip}: {error}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {options.out}")
@@ -264,10 +266,7 @@ def draw_clip(options: argparse.Namespace) -> None:
     asked = {name: value for name in GEOMETRY if (value := getattr(options, name)) is not None}
     geometry = GEOMETRY | trained_geometry(options.model) | asked
     modality = guess_modality(options.clip)
-    try:
-        clip = read_clip(options.clip.read_bytes(), modality, **geometry, position=options.position)
-    except DecodeError as error:
-        raise DecodeError(f"--clip {options.clip}: {error}") from error
+    clip = read_clip(options.clip.read_bytes(), modality, **geometry, position=options.position)
     rgb = pca_images(patch_features(from_pretrained(options.model), clip, level=options.level))
     figure = pca_grid(clip.permute(1, 2, 3, 0), rgb, title=f"{options.clip.name} seen by {options.model}")
     figure.savefig(options.out)
