@@ -278,7 +278,13 @@ class Attentive:
         return model.name
 
     def rehearse(self, model: Model) -> None:
-        rehearse_clips(model.clips(self.config), self.config.clips, model)
+        source = model.clips(self.config)
+        rehearse_clips(source, self.config.clips, model)
+        if self.config.levels == [] and not isinstance(model, PixelModel) and len(getattr(source, "levels", ())) < 2:
+            log.warning(
+                "%s, %s: one level of tokens is read, the papers read four; levels=[...] says which of ours",
+                self.name, model.name,
+            )  # fmt: skip
 
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
         assert not isinstance(model, Floor)  # there is none

@@ -14,6 +14,7 @@ from evals.anticipation import AnticipationConfig
 from evals.attentive import AttentiveConfig
 from evals.clip_protocol import ClipProtocol
 from evals.dense_config import CacheConfig
+from evals.dense_features import readable_blocks
 from evals.grid import Setting, grid
 from evals.labelled_files import DATASETS
 from vjepa.config import ConfigError, config_hash, merge, read_recipe, to_object
@@ -21,6 +22,10 @@ from vjepa.nn.encoder import Encoder
 
 RECIPES = Path(__file__).parent / "recipes" / "probe"
 EPIC_KITCHENS = "ek100"
+V2_BLOCKS = {
+    24: (17, 19, 21, 23),
+    40: (24, 29, 34, 39),
+}  # depth of V-JEPA 2 -> blocks its probes of levels read, from 0
 
 
 @dataclass
@@ -101,7 +106,9 @@ class ProbeConfig:
     data: ProbeData = MISSING
     clips: ClipProtocol = field(default_factory=ClipProtocol)
     encoder_bf16: bool = True  # the frozen encoder under bf16 autocast, on CUDA only; the papers: fp16, EK100 bf16
-    levels: list[int] = field(default_factory=lambda: [-1])  # blocks read, from 1, -1: the last, []: all with a norm
+    levels: list[int] = field(
+        default_factory=lambda: [-1]
+    )  # blocks from 1, -1: the last, []: all with a norm (V-JEPA 2: its four)
     head: AttentiveConfig = field(default_factory=AttentiveConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     schedule: ProbeSchedule = field(default_factory=ProbeSchedule)
@@ -146,10 +153,12 @@ class ProbeConfig:
 
     def blocks(self, encoder: Encoder) -> tuple[int, ...]:
         """The blocks that are read, from 0, for `dense_features.LevelFeatures`."""
-        depth = encoder.config.depth
-        blocks = tuple((depth if level == -1 else level) - 1 for level in self.levels) or encoder.levels
-        if without := [block + 1 for block in blocks if block not in encoder.levels]:
-            counted = [level + 1 for level in encoder.levels]
+        depth, readable = encoder.config.depth, readable_blocks(encoder)
+        blocks = tuple((depth if level == -1 else level) - 1 for level in self.levels)
+        if not blocks:  # all that have a norm; V-JEPA 2 has one for all
+            blocks = encoder.levels if len(encoder.levels) > 1 else V2_BLOCKS.get(depth, encoder.levels)
+        if without := [block + 1 for block in blocks if block not in readable]:
+            counted = [level + 1 for level in readable]
             raise ValueError(f"levels: block {without[0]} (from 1) has no norm in this encoder; {counted} have one")
         return blocks
 
