@@ -116,6 +116,7 @@ class ProbeConfig:
     augmented: bool = True  # false: training clips are the middle view of validation, the same in every epoch
     cache: CacheConfig = field(default_factory=CacheConfig)  # of tokens of clips that are the same every time
     state: str | None = None  # folder for the state of the fit, which then goes on after a stop
+    save_every: int = 500  # steps between two savings of the state
     workers: int = 0  # processes that decode videos; 0: this one does
     score_batch: int = 16  # videos at a time in scoring
     seed: int = 0
@@ -130,8 +131,11 @@ class ProbeConfig:
             )
         if self.is_anticipation and (self.data.train_files or self.data.validation_files):
             raise ValueError("ek100 reads its own tables: leave data.train_files and data.validation_files out")
-        if min(self.workers, self.score_batch - 1) < 0:
-            raise ValueError(f"workers={self.workers} must not be negative, score_batch={self.score_batch} at least 1")
+        if self.workers < 0 or min(self.score_batch, self.save_every) < 1:
+            raise ValueError(
+                f"workers={self.workers} must not be negative, score_batch={self.score_batch} and "
+                f"save_every={self.save_every} at least 1"
+            )
         if self.cache.folder is not None and (self.is_anticipation or self.clips.validation_offset == "random"):
             raise ValueError(
                 "cache.folder is set, but no clips are the same every time: leave it out for ek100 and with "
@@ -142,7 +146,7 @@ class ProbeConfig:
         """A digest of what decides the numbers of a fit; where the data lie is not among it."""
         kept = asdict(self)
         kept["dtype"] = kept.pop("cache")["dtype"]
-        for name in ("state", "workers", "score_batch", "source"):
+        for name in ("state", "save_every", "workers", "score_batch", "source"):
             kept.pop(name)
         kept["data"].pop("root")
         return config_hash(repr(kept))

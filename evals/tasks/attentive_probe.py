@@ -115,7 +115,9 @@ def run(
     task = build_task(config, source)
     _check_parts(task, config)
     steps, tokens = num_steps(config, task.size("train")), Tokens.of(task, config, world)
-    state = None if config.state is None else StateFile(Path(config.state) / _state_name(config, source))
+    state = None
+    if config.state is not None:
+        state = StateFile(Path(config.state) / _state_name(config, source), config.save_every)
     stops = validation_steps(config, task.size("train"))
 
     def score(found: HeadGrid, part: Part) -> tuple[Mapping[str, float], ...]:

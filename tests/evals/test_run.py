@@ -317,6 +317,15 @@ def test_a_stopped_command_says_that_it_goes_on(
     assert main(arguments(sets, model, tmp_path)) == 0
     assert capsys.readouterr().err.count("done before") == 4, "CamVid, of three models and a floor"
 
+    def fill(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(tracking, "score_video", fill)
+    assert main([*arguments(sets, model, tmp_path, suite="davis2017")[:-7], *SHORT[-2:], "--again"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the GPU's memory is full: set a smaller score_batch")
+    assert said.endswith("(tried to allocate 80 GiB)")
+
 
 def test_rows_have_their_settings_beside_them_and_a_summary_that_lacks_them_gets_them(
     sets: Path, model: Path, tmp_path: Path
