@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from omegaconf import MISSING, OmegaConf
 from PIL import Image
 
+from data_pipeline.transforms import Box
 from evals.cache import file_digest
 from evals.dense_config import DenseConfig, load_depth, load_segmentation
 from evals.dense_fit import DenseResult
@@ -109,6 +110,8 @@ class Dense:
     module: ModuleType
     picture: Callable[[DenseResult, int, str], Image.Image]
     floor: Mapping[str, DenseFloor]
+    _kept: tuple[int, Box] | None = field(default=None, init=False, repr=False)
+    """Patch size of the first model that was rehearsed, and what is scored of an image with it."""
 
     @classmethod
     def segmentation(cls, name: str, overrides: Sequence[str]) -> Dense:
@@ -154,9 +157,21 @@ class Dense:
                     f"{key}={list(size)} must be multiples of the patch size {model.patch_size}: {same} has as many "
                     "patches as that of patches of 16"
                 )
-        whole = Plan.of(self.splits[1].items[0].truth().shape, self.config.view, model.patch_size).windows[0]
+        plan = Plan.of(self.splits[1].items[0].truth().shape, self.config.view, model.patch_size)
+        self._compare_kept(model.patch_size, plan.kept)
+        whole = plan.windows[0]
         for height, width in (augment or whole[2:], whole[2:]):
             show(source, 1, height, width)
+
+    def _compare_kept(self, patch: int, kept: Box) -> None:
+        """Warn where models of different patches are scored on different pixels."""
+        self._kept = self._kept or (patch, kept)
+        if kept != self._kept[1]:
+            log.warning(
+                "%s: with patches of %d, %d x %d pixels of an image are scored, with patches of %d %d x %d: rows differ "
+                "by that too; view.edges=resize scores all pixels with both",
+                self.name, *(self._kept[0], *self._kept[1][2:]), patch, *kept[2:],
+            )  # fmt: skip
 
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
         if isinstance(model, Floor):

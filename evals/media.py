@@ -56,10 +56,15 @@ def writing(path: Path) -> Iterator[None]:
 def list_media(root: Path, *, frame_folders: bool = False) -> list[Path]:
     """All videos and images below a folder by their endings, hidden ones left out, in the order of their paths.
 
-    With `frame_folders` a folder that holds images stands for them: a video.
+    With `frame_folders` a folder that holds images stands for them: a video. Links are followed, each folder once.
     """
     found: set[Path] = set()
+    seen: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above would be walked again and again
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(folder) / name for name in names if not name.startswith(".")):
             suffix = path.suffix.lower()

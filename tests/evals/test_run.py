@@ -449,6 +449,18 @@ def test_a_users_encoder_that_is_changed_is_another(tmp_path: Path) -> None:
     assert len(identities) == 3
 
 
+def test_models_that_are_scored_on_different_pixels_are_said(sets: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """CamVid's view leaves out what is no whole patch; a model of other patches leaves out something else."""
+    for edges, lines in (("resize", 0), ("crop", 1)):
+        (asked,) = find("camvid", [f"data.root={sets}", f"view.edges={edges}"])
+        for patch in (16, 16, 14):
+            asked.rehearse(PixelModel(patch, 1))
+        assert len(caplog.records) == lines
+    assert (
+        "camvid: with patches of 16, 48 x 64 pixels of an image are scored, with patches of 14 42 x 56" in caplog.text
+    )
+
+
 def test_names_that_are_no_names_of_files_are_refused() -> None:
     with pytest.raises(ValueError, match=r"--model a/b=\.\.\.: files and folders are called by this name"):
         load_models(["a/b=untrained:vit_debug"])
