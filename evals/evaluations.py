@@ -168,8 +168,8 @@ class Dense:
         self._kept = self._kept or (patch, kept)
         if kept != self._kept[1]:
             log.warning(
-                "%s: with patches of %d, %d x %d pixels of an image are scored, with patches of %d %d x %d: rows differ "
-                "by that too; view.edges=resize scores all pixels with both",
+                "%s: with patches of %d, %d x %d pixels of an image are scored, with patches of %d %d x %d: rows "
+                "differ by that too; view.edges=resize scores all pixels with both",
                 self.name, *(self._kept[0], *self._kept[1][2:]), patch, *kept[2:],
             )  # fmt: skip
 
