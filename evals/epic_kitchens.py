@@ -91,6 +91,7 @@ def read_actions(root: Path | str, split: Split) -> list[Action]:
                 raise ValueError(f"{file}, line {number}: no {', '.join(missing)}: not a table of EPIC-Kitchens-100")
             try:
                 start, stop = seconds(row["start_timestamp"]), seconds(row["stop_timestamp"])
+                context_end(start, stop, 0, 0, "start_relative")  # raises where it ends before it begins
                 actions.append(Action(row["video_id"], start, stop, int(row["verb_class"]), int(row["noun_class"])))
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: {error}: not a table of EPIC-Kitchens-100") from error

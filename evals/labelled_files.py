@@ -115,7 +115,9 @@ def _first_layout(dataset: Dataset, root: Path, split: Split) -> Entries:
     for layout in (_listed(dataset.name), *dataset.layouts) if root.is_dir() else ():
         try:
             found = layout(root, split)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            if str(root) in str(error):  # it says where already
+                raise
             raise ValueError(
                 f"{dataset.name}: an annotation of the split {split!r} below {root} is not as its makers wrote it "
                 f"({error!r}).\n{_how_it_should_look(dataset)}"

@@ -223,7 +223,8 @@ def _whole(
     if absent and not skip_missing:
         raise DatasetError(
             f"{name}: {len(absent)} of {len(videos)} videos lack frames or masks in {root}: {listing(absent)}. It must "
-            f"hold {TREES[name]}. Pass --skip-missing to measure the others alone"
+            f"hold {TREES[name]}. To measure the others alone: data.skip_missing=true, or --skip-missing of "
+            "evals.tasks.tracking"
         )
     there = [video for video in videos if video.name not in absent]
     if not there:

@@ -212,6 +212,10 @@ def test_an_annotation_that_is_damaged_is_named(tmp_path: Path) -> None:
     write_json(file, [{"id": "7"}])
     with pytest.raises(ValueError, match=r"ssv2: an annotation of the split 'train' .*KeyError\('template'\)"):
         read_index("ssv2", tmp_path, "train")
+    (tmp_path / "something-something-v2-labels.json").write_text('{"Holding something": "x"}')
+    with pytest.raises(ValueError, match=r"ssv2: an annotation of the split 'train' below .* literal for int"):
+        read_index("ssv2", tmp_path, "train")
+    make_ssv2(tmp_path)
     file.write_text("[{")
     with pytest.raises(ValueError, match=r"v2-train\.json is no readable JSON"):
         read_index("ssv2", tmp_path, "train")
