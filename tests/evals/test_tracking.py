@@ -234,7 +234,8 @@ def test_davis_2017_gives_the_first_frame_alone_and_ignores_void(tmp_path: Path)
     )
     (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
     (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("a\ngone\n")
-    with pytest.raises(DatasetError, match=r"1 of 2 videos lack frames or masks in .*: gone\..*data\.skip_missing=true, or --skip-missing"):
+    lacking = r"1 of 2 videos lack frames or masks in .*: gone\..*data\.skip_missing=true, or --skip-missing"
+    with pytest.raises(DatasetError, match=lacking):
         open_dataset("davis2017", tmp_path)
     (video,) = open_dataset("davis2017", tmp_path, skip_missing=True)
     assert video.object_ids == (2,), "the official evaluation takes its objects from the first mask"
