@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evals.cache import module_identity
+from evals.cache import file_digest, module_identity
 from evals.features import bf16_on_gpus, finite
 from evals.protocol import DoesNotFit
 from vjepa.batch import IMAGENET_MEAN, IMAGENET_STD, Grid
 
+UNREAD = {"pooler", "predictor", "mask_token"}  # parts of a model that its last patch tokens do not depend on
 PREPROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -89,7 +90,10 @@ class CallableFeatures:
 
 
 def load_user(spec: str, *, device: str = "cpu") -> CallableFeatures:
-    """What FUNCTION(device) of a user's file gives, for `spec` FILE.py:FUNCTION: with an identity."""
+    """What FUNCTION(device) of a user's file gives, for `spec` FILE.py:FUNCTION.
+
+    Its identity is the one it gives and what else decides the numbers: how pixels are made, and the file itself.
+    """
     file, _, function = spec.rpartition(":")
     hint = "write py:FILE.py:FUNCTION, where FUNCTION(device) returns an evals.adapters.CallableFeatures"
     if not Path(file).is_file():
@@ -109,7 +113,8 @@ def load_user(spec: str, *, device: str = "cpu") -> CallableFeatures:
             f"--model py:{spec}: give its CallableFeatures an identity, by which results are known again, such as "
             "evals.cache.module_identity(model, {})"
         )
-    return source
+    read_as = (source.patch_size, source.tubelet_size, source.normalisation, file_digest(Path(file)))
+    return replace(source, identity=f"{source.identity} {read_as}")
 
 
 # ------------------------------------------------------------------------------------------------- transformers' models
@@ -215,7 +220,9 @@ def load_transformers(
     """The encoder in a local `transformers` folder, with the normalisation of its preprocessor file.
 
     `config` replaces fields of its configuration, such as crop_size. Of a model of images and text its vision part is
-    taken. Nothing is downloaded: FileNotFoundError where the folder has no config.json.
+    taken. Weights are read to fp32, in which features are computed, whatever they are stored in. Nothing is downloaded:
+    FileNotFoundError where the folder has no config.json. ValueError for files that cannot be read, and where weights
+    are missing: `transformers` would draw them at random.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -224,9 +231,24 @@ def load_transformers(
         import transformers
     except ImportError as error:
         raise ValueError("models of transformers need it installed: pip install 'transformers>=5'") from error
-    model = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True, **config)
-    vision = getattr(model, "vision_model", model)
+    options = {"local_files_only": True, "output_loading_info": True, **config}
+    try:
+        model, report = transformers.AutoModel.from_pretrained(str(folder), **options)
+    except Exception as error:
+        raise ValueError(f"transformers cannot read {folder} ({error}): save or copy the model anew") from error
+    part = "vision_model." if hasattr(model, "vision_model") else ""
+    _check_whole(folder, [key for key in report["missing_keys"] if key.startswith(part)])
+    vision = getattr(model, "vision_model", model).float()
     return TransformersFeatures(name or folder.name, vision.to(device).eval(), read_normalisation(folder))
+
+
+def _check_whole(folder: Path, missing: Sequence[str]) -> None:
+    """Raise ValueError where weights that patch tokens depend on are not in the files."""
+    if needed := sorted(key for key in missing if not UNREAD.intersection(key.split("."))):
+        raise ValueError(
+            f"{folder} lacks {len(needed)} weights of its model, such as {needed[0]}: they would be drawn at random. "
+            "Save the model again with save_pretrained, or see whether config.json belongs to these weights"
+        )
 
 
 def read_normalisation(folder: Path) -> Normalisation:

@@ -9,20 +9,36 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from evals.cache import CLIPS_VERSION
 from evals.evaluations import Entrant, Evaluation
 from evals.floors import Floor
 from evals.models import Model
 from evals.protocol import DoesNotFit, NotThere, Row, Unsuited
 from evals.published import published_for, published_table
-from evals.results import RESULTS, ResultsError, not_ahead_of_trained, print_wide, results_table, save
+from evals.results import (
+    RESULTS,
+    SETTINGS,
+    ResultsError,
+    merge_summary,
+    not_ahead_of_trained,
+    print_wide,
+    read_summary_rows,
+    results_table,
+    save,
+    whole_lines,
+    write_whole,
+)
 from vjepa.train.distributed import ALONE, World
+
+NUMBERS_VERSION = 1  # of the code that measures: raised when a recipe gives other numbers, for rows are kept by it
 
 
 class SetsMissing(ValueError):
@@ -98,6 +114,7 @@ def compare(
         label = f"[{place}/{len(entries)}] {evaluation.name}, {evaluation.column(model)}"
         if digest in done:
             found.rows += done[digest]
+            world.on_main(partial(_complete_summary, out, done[digest]))
             say(f"{label}: done before, {_headline(done[digest])}")
             continue
         try:
@@ -156,8 +173,38 @@ def _measure(
     scores = evaluation.measure(model, out, world)
     seed = model.training_seed
     rows = [Row.of(each, stage=stage, model=name, training_seed=seed, digest=digest) for each in scores]
-    world.on_main(lambda: save(out, rows))
+    world.on_main(lambda: _keep(out, rows, _settings(evaluation, model)))
     return rows, time.monotonic() - begin
+
+
+def _settings(evaluation: Evaluation, model: Entrant) -> dict[str, Any]:
+    """What stands behind a digest, for whoever reads the rows later."""
+    return {
+        "evaluation": evaluation.name,
+        "model": evaluation.column(model),
+        "weights": hashlib.sha256(model.identity.encode()).hexdigest()[:16],
+        "recipe": asdict(evaluation.config),
+    }
+
+
+def _keep(out: Path, rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
+    """Save rows, and their settings as OUT/evals/settings/DIGEST.json.
+
+    Where that fails the message has the rows: they may have taken days.
+    """
+    try:
+        write_whole(out / SETTINGS / f"{rows[0].digest}.json", json.dumps(settings, indent=2) + "\n")
+        save(out, rows)
+    except OSError as error:
+        lines = "\n".join(json.dumps(row.to_json()) for row in rows)
+        raise ResultsError(f"{error}. What was measured, to be added to {out / RESULTS}:\n{lines}") from error
+
+
+def _complete_summary(out: Path, rows: Sequence[Row]) -> None:
+    """Put into the summary what a command that was killed after the results were written left out of it."""
+    known = {row.identity for row in read_summary_rows(out)}
+    if missing := [row for row in rows if row.identity not in known]:
+        merge_summary(out, missing)
 
 
 def _headline(rows: Sequence[Row]) -> str:
@@ -168,8 +215,16 @@ def _headline(rows: Sequence[Row]) -> str:
 
 
 def digest_of(evaluation: Evaluation, data: str, model: Entrant) -> str:
-    """Of the weights, the recipe, the files, and the name the rows are kept under."""
-    parts = (evaluation.name, evaluation.numbers(), data, model.identity, evaluation.column(model))
+    """Of the weights, the recipe, the files, and the name the rows are kept under; and of the code, by its numbers."""
+    parts = (
+        NUMBERS_VERSION,
+        CLIPS_VERSION,
+        evaluation.name,
+        evaluation.numbers(),
+        data,
+        model.identity,
+        evaluation.column(model),
+    )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -177,7 +232,7 @@ def rows_by_digest(out: Path) -> dict[str, list[Row]]:
     """What OUT holds of earlier comparisons, the last measurement of each row; {} where there is nothing."""
     path = out / RESULTS
     found: dict[str, dict[tuple[object, ...], Row]] = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             row = Row(**json.loads(line))
         except (TypeError, json.JSONDecodeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -24,6 +25,8 @@ Tokenizer = Literal["image", "video"]
 class LevelFeatures:
     """Levels of a frozen encoder, each through its norm, side by side: [B, t, h, w, L * D], or [B, L * t, h, w, D].
 
+    An encoder with one norm, as V-JEPA 2 is, has it behind whichever block is read, as in its authors' code.
+
     For dense tasks the papers take the last level alone and the image tokenizer (reference evaluation.md 1.3); `video`
     repeats an image to a tubelet. As tokens the levels are what the probes of Diving48 and Jester read (1.1).
     """
@@ -31,7 +34,7 @@ class LevelFeatures:
     name: str
     encoder: Encoder
     levels: tuple[int, ...] = ()
-    """0-based blocks that have a level norm; () is the last one."""
+    """0-based blocks that have a norm, see `readable_blocks`; () is the last one."""
     tokenizer: Tokenizer = "image"
     bf16: bool = False
     """Compute under bf16 autocast, on CUDA only; recipes say it as encoder_bf16."""
@@ -39,10 +42,10 @@ class LevelFeatures:
     """Where several levels lie beside each other."""
 
     def __post_init__(self) -> None:
-        if unknown := set(self.levels) - set(self.encoder.levels):
+        if unknown := set(self.levels) - set(readable_blocks(self.encoder)):
             raise ValueError(
                 f"levels={list(self.levels)}: blocks {sorted(unknown)} have no level norm, choose among "
-                f"{list(self.encoder.levels)} (0-based; recipes count from 1)"
+                f"{list(readable_blocks(self.encoder))} (0-based; recipes count from 1)"
             )
 
     @cached_property
@@ -66,12 +69,24 @@ class LevelFeatures:
         try:
             with bf16_on_gpus(device, enabled=self.bf16):
                 levels = self.levels or self.encoder.levels[-1:]
-                parts = self.encoder.forward_intermediates(normalise(clips.to(device)), indices=levels)
+                parts = self._read(normalise(clips.to(device)), levels)
         finally:
             self.encoder.train(was_training)
         grid = self.encoder.grid(clips)
         maps = [part.float().cpu().unflatten(1, grid) for part in parts]  # each [B, t, h, w, D]
         return finite(torch.cat(maps, dim=-1 if self.join == "channels" else 1), self.name)
+
+    def _read(self, clips: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """Each level [B, N, D] through its norm, or through the only one."""
+        if set(levels) <= set(self.encoder.levels):
+            return self.encoder.forward_intermediates(clips, indices=levels)
+        (norm,) = self.encoder.norms
+        return [norm(state) for state in self.encoder.forward_intermediates(clips, indices=levels, norm=False)]
+
+
+def readable_blocks(encoder: Encoder) -> tuple[int, ...]:
+    """The 0-based blocks whose outputs can be read: its levels, or all of an encoder with one."""
+    return encoder.levels if len(encoder.levels) > 1 else tuple(range(encoder.config.depth))
 
 
 @dataclass(frozen=True)

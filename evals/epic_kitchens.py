@@ -89,8 +89,12 @@ def read_actions(root: Path | str, split: Split) -> list[Action]:
         for number, row in enumerate(csv.DictReader(lines), start=2):
             if missing := [name for name in COLUMNS if not row.get(name)]:
                 raise ValueError(f"{file}, line {number}: no {', '.join(missing)}: not a table of EPIC-Kitchens-100")
-            start, stop = seconds(row["start_timestamp"]), seconds(row["stop_timestamp"])
-            actions.append(Action(row["video_id"], start, stop, int(row["verb_class"]), int(row["noun_class"])))
+            try:
+                start, stop = seconds(row["start_timestamp"]), seconds(row["stop_timestamp"])
+                context_end(start, stop, 0, 0, "start_relative")  # raises where it ends before it begins
+                actions.append(Action(row["video_id"], start, stop, int(row["verb_class"]), int(row["noun_class"])))
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}: not a table of EPIC-Kitchens-100") from error
     return actions
 
 

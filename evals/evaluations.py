@@ -6,6 +6,7 @@ can take what it would be shown) and `measure` (the scores of a model). Question
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from omegaconf import MISSING, OmegaConf
 from PIL import Image
 
+from data_pipeline.transforms import Box
 from evals.cache import file_digest
 from evals.dense_config import DenseConfig, load_depth, load_segmentation
 from evals.dense_fit import DenseResult
@@ -25,7 +27,7 @@ from evals.dense_sets import DenseSet
 from evals.floors import DEPTH_FLOORS, SEGMENTATION_FLOORS, TRACKING_FLOORS, DenseFloor, Floor
 from evals.labelled_files import DataMissing
 from evals.labelled_suite import read_splits, score_source
-from evals.media import stamp
+from evals.media import stamp, writing
 from evals.models import Model, PixelModel, rehearse_clips, show
 from evals.overlays import tracking_picture
 from evals.probe_config import ProbeConfig, load_probe
@@ -40,6 +42,7 @@ from evals.videos import AnnotatedVideo, DatasetError, DatasetName, open_dataset
 from vjepa.config import ConfigError, config_hash, merge, resolve
 from vjepa.train.distributed import World
 
+log = logging.getLogger(__name__)
 NUM_PICTURED = 2  # first test images or videos in OUT/pictures/NAME/MODEL
 
 Entrant = Model | Floor
@@ -51,6 +54,11 @@ class Evaluation(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def config(self) -> Any:
+        """The recipe, a dataclass."""
+        ...
+
     @property
     def floors(self) -> tuple[str, ...]:
         """Names of the floors that are measured beside the models, as Floor."""
@@ -81,8 +89,13 @@ class Evaluation(Protocol):
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    """Without a picture a measurement is still one: where it cannot be written, the log says so."""
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    except OSError as error:
+        log.warning("%s", error)
 
 
 # ----------------------------------------------------------------------------------------------- kinds of evaluation
@@ -97,6 +110,8 @@ class Dense:
     module: ModuleType
     picture: Callable[[DenseResult, int, str], Image.Image]
     floor: Mapping[str, DenseFloor]
+    _kept: tuple[int, Box] | None = field(default=None, init=False, repr=False)
+    """Patch size of the first model that was rehearsed, and what is scored of an image with it."""
 
     @classmethod
     def segmentation(cls, name: str, overrides: Sequence[str]) -> Dense:
@@ -117,8 +132,14 @@ class Dense:
         return self.module.open_splits(self.config)
 
     def open(self) -> str:
-        keys = [" ".join(f"{item.key} {item.stamp()}" for item in split.items) for split in self.splits]
-        return f"{Path(self.config.data.root).resolve()} {keys}"
+        train, test = ([f"{item.key} {item.stamp()}" for item in split.items] for split in self.splits)
+        if shared := sorted(set(train) & set(test)):
+            log.warning(
+                "%s: %d of %d test images are training images too, such as %s: figures say nothing of unseen images; "
+                "see data.train_split=%s and data.test_split=%s",
+                self.name, len(shared), len(test), shared[0].split()[0], *(each.split for each in self.splits),
+            )  # fmt: skip
+        return f"{Path(self.config.data.root).resolve()} {[' '.join(train), ' '.join(test)]}"
 
     def numbers(self) -> str:
         config: DenseConfig = self.config
@@ -136,9 +157,21 @@ class Dense:
                     f"{key}={list(size)} must be multiples of the patch size {model.patch_size}: {same} has as many "
                     "patches as that of patches of 16"
                 )
-        whole = Plan.of(self.splits[1].items[0].truth().shape, self.config.view, model.patch_size).windows[0]
+        plan = Plan.of(self.splits[1].items[0].truth().shape, self.config.view, model.patch_size)
+        self._compare_kept(model.patch_size, plan.kept)
+        whole = plan.windows[0]
         for height, width in (augment or whole[2:], whole[2:]):
             show(source, 1, height, width)
+
+    def _compare_kept(self, patch: int, kept: Box) -> None:
+        """Warn where models of different patches are scored on different pixels."""
+        self._kept = self._kept or (patch, kept)
+        if kept != self._kept[1]:
+            log.warning(
+                "%s: with patches of %d, %d x %d pixels of an image are scored, with patches of %d %d x %d: rows "
+                "differ by that too; view.edges=resize scores all pixels with both",
+                self.name, *(self._kept[0], *self._kept[1][2:]), patch, *kept[2:],
+            )  # fmt: skip
 
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
         if isinstance(model, Floor):
@@ -260,7 +293,13 @@ class Attentive:
         return model.name
 
     def rehearse(self, model: Model) -> None:
-        rehearse_clips(model.clips(self.config), self.config.clips, model)
+        source = model.clips(self.config)
+        rehearse_clips(source, self.config.clips, model)
+        if self.config.levels == [] and not isinstance(model, PixelModel) and len(getattr(source, "levels", ())) < 2:
+            log.warning(
+                "%s, %s: one level of tokens is read, the papers read four; levels=[...] says which of ours",
+                self.name, model.name,
+            )  # fmt: skip
 
     def measure(self, model: Entrant, out: Path, world: World) -> list[Score]:
         assert not isinstance(model, Floor)  # there is none

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +112,18 @@ def read_index(
 
 
 def _first_layout(dataset: Dataset, root: Path, split: Split) -> Entries:
-    if root.is_dir():
-        for layout in (_listed(dataset.name), *dataset.layouts):
-            if (found := layout(root, split)) is not None:
-                return found
+    for layout in (_listed(dataset.name), *dataset.layouts) if root.is_dir() else ():
+        try:
+            found = layout(root, split)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            if str(root) in str(error):  # it says where already
+                raise
+            raise ValueError(
+                f"{dataset.name}: an annotation of the split {split!r} below {root} is not as its makers wrote it "
+                f"({error!r}).\n{_how_it_should_look(dataset)}"
+            ) from error
+        if found is not None:
+            return found
     reason = "has none of the known layouts" if root.is_dir() else "is no folder"
     raise DataMissing(f"{dataset.name}: {root} {reason} for the split {split!r}.\n{_how_it_should_look(dataset)}")
 
@@ -126,6 +135,28 @@ def _how_it_should_look(dataset: Dataset) -> str:
         + (f"Get it from {dataset.source}; " if dataset.source else "")
         + "nothing is downloaded for you."
     )
+
+
+def check_splits(train: FileIndex, validation: FileIndex) -> None:
+    """Raise ValueError for a class that no head can answer with; a warning where figures would say little.
+
+    That is where files are in both splits, and where a class that is asked for has no training file.
+    """
+    if strange := [label for label in validation.labels if label >= len(train.classes)]:
+        raise ValueError(
+            f"{train.name}: validation has the label {strange[0]}, training the labels 0..{len(train.classes) - 1}: "
+            "number the classes of both lists alike"
+        )
+    if shared := sorted(set(train.paths) & set(validation.paths)):
+        log.warning(
+            "%s: %d of %d validation files are training files too, such as %s: figures say nothing of unseen files",
+            train.name, len(shared), len(validation), shared[0],
+        )  # fmt: skip
+    if unseen := set(validation.labels) - set(train.labels):
+        log.warning(
+            "%s: %d classes of validation have no training file, such as %s: their files cannot be right",
+            train.name, len(unseen), train.classes[min(unseen)],
+        )  # fmt: skip
 
 
 def _without_missing(index: FileIndex, dataset: Dataset, skip: bool) -> FileIndex:
@@ -159,11 +190,11 @@ def _read_list(path: Path, root: Path) -> Entries:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
             continue
-        file, _, label = line.strip().rpartition("," if " " not in line.strip() else " ")
-        if not file or not label.isdigit():
+        entry = re.fullmatch(r"(.*[^\s,])[\s,]\s*(\d+)", line.strip())  # a path may hold blanks and commas
+        if entry is None:
             raise ValueError(f"{path}, line {number}: {line!r} is not 'path label' with the label a number")
-        paths.append(root / file)
-        labels.append(int(label))
+        paths.append(root / entry[1])
+        labels.append(int(entry[2]))
     return paths, labels, ()
 
 
@@ -181,17 +212,29 @@ def _listed(name: str) -> Layout:
 
 
 def class_folders(root: Path, split: Split) -> Entries | None:
-    """SPLIT/CLASS/FILE; classes in the order of their names, those of the training split where it is there."""
+    """SPLIT/CLASS/FILE; classes in the order of their names, those of the training split where it is there.
+
+    Raises ValueError where the split has a class that training lacks: its files would be left out, unsaid.
+    """
     folder = _first_existing(root / word for word in SPLIT_NAMES[split])
     classes_of = _first_existing(root / word for word in SPLIT_NAMES["train"]) or folder
     if folder is None or classes_of is None:
         return None
-    classes = sorted(entry.name for entry in os.scandir(classes_of) if entry.is_dir())
+    classes = _folders_in(classes_of)
     if not classes:
         return None
+    if strange := sorted(set(_folders_in(folder)) - set(classes)):
+        raise ValueError(
+            f"{folder} has {len(strange)} classes that {classes_of} has not, such as {strange[0]!r}: name the folders "
+            "of both alike, or move those away"
+        )
     here = {name: label for label, name in enumerate(classes) if (folder / name).is_dir()}
     pairs = [(folder / name / file, label) for name, label in here.items() for file in _files_in(folder / name)]
     return [path for path, _ in pairs], [label for _, label in pairs], classes
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -216,7 +259,10 @@ class _ByStem:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path} is no readable JSON ({error}): get it anew") from error
 
 
 def _label_of(name: str, classes: Mapping[str, int], where: Path) -> int:

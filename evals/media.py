@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mimetypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def is_image(path: Path) -> bool:
 
 def content_digest(path: Path) -> str:
     """Of the bytes of a file, or of all frames in a folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
     return " ".join(map(file_digest, files))
 
 
@@ -42,13 +44,27 @@ def stamp(path: Path) -> str:
     return f"{found.st_size}@{found.st_mtime_ns}"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of the disk inside says which file it is about, which a full disk does not, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}): make room there, or name another folder") from error
+
+
 def list_media(root: Path, *, frame_folders: bool = False) -> list[Path]:
     """All videos and images below a folder by their endings, hidden ones left out, in the order of their paths.
 
-    With `frame_folders` a folder that holds images stands for them: a video.
+    With `frame_folders` a folder that holds images stands for them: a video. Links are followed, each folder once.
     """
     found: set[Path] = set()
+    seen: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above would be walked again and again
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(folder) / name for name in names if not name.startswith(".")):
             suffix = path.suffix.lower()
@@ -71,7 +87,7 @@ class FrameFolder:
     def open(cls, folder: Path, *, fps: float = FOLDER_FPS) -> FrameFolder:
         names = tuple(sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES)))
         if not names:
-            raise ValueError(f"{folder} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
+            raise DecodeError(f"{folder} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
         first = open_decoder((folder / names[0]).read_bytes(), "image").info
         info = MediaInfo(len(names), fps, 0.0, len(names) / fps, first.width, first.height, first.codec)
         return cls(info, folder, names)

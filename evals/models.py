@@ -214,6 +214,10 @@ def load_models(specs: Sequence[str], *, device: torch.device | str = "cpu") -> 
     models = [model for model, _ in loaded]
     rivals = _untrained([each for each in loaded if each[1] is not None]) + _pixels(models)
     names = [model.name for model in [*models, *rivals]]
+    if strange := [name for name in names if "/" in name or name.startswith(".")]:
+        raise ValueError(
+            f"--model {strange[0]}=...: files and folders are called by this name: leave out / and a first ."
+        )
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--model: {', '.join(repeated)} comes twice; results go by names: write --model NAME=PATH")
     return [*models, *rivals]

@@ -17,7 +17,7 @@ from evals.augment import AugmentConfig
 from evals.clip_protocol import ClipProtocol
 from evals.dense_config import RECIPES, CacheConfig
 from evals.grid import SGD, Setting, grid
-from evals.labelled_files import DATASETS, DataMissing, FileIndex, Split, read_index
+from evals.labelled_files import DATASETS, DataMissing, FileIndex, Split, check_splits, read_index
 from evals.media import is_image, list_media
 from evals.neighbours import NEIGHBOURS, TEMPERATURE
 from vjepa.config import ConfigError, config_hash, read_recipe, resolve
@@ -165,6 +165,8 @@ class LabelledConfig(PooledConfig):
 
     def describe(self) -> str:
         indices = [self.data.index(split) for split in self.splits]
+        if len(indices) == 2:
+            check_splits(*indices)
         found = [f"{index.labels} {' '.join(map(str, index.paths))}" for index in indices]
         return f"{Path(self.data.root).resolve()} {found}"
 

@@ -14,6 +14,7 @@ from evals.anticipation import AnticipationConfig
 from evals.attentive import AttentiveConfig
 from evals.clip_protocol import ClipProtocol
 from evals.dense_config import CacheConfig
+from evals.dense_features import readable_blocks
 from evals.grid import Setting, grid
 from evals.labelled_files import DATASETS
 from vjepa.config import ConfigError, config_hash, merge, read_recipe, to_object
@@ -21,6 +22,10 @@ from vjepa.nn.encoder import Encoder
 
 RECIPES = Path(__file__).parent / "recipes" / "probe"
 EPIC_KITCHENS = "ek100"
+V2_BLOCKS = {
+    24: (17, 19, 21, 23),
+    40: (24, 29, 34, 39),
+}  # depth of V-JEPA 2 -> blocks its probes of levels read, from 0
 
 
 @dataclass
@@ -33,7 +38,7 @@ class ProbeData:
     validation_files: str | None = None
     skip_missing: bool = False  # go on without files that are named and not on disk
     skip_damaged: bool = False  # go on without files that cannot be decoded; in training the next one stands in
-    held_out: float = 0.1  # share of training files on which the best head is chosen
+    held_out: float = 0.1  # share of training files on which the best head is chosen; none of one head
 
     def __post_init__(self) -> None:
         if self.name not in (*DATASETS, EPIC_KITCHENS):
@@ -101,7 +106,9 @@ class ProbeConfig:
     data: ProbeData = MISSING
     clips: ClipProtocol = field(default_factory=ClipProtocol)
     encoder_bf16: bool = True  # the frozen encoder under bf16 autocast, on CUDA only; the papers: fp16, EK100 bf16
-    levels: list[int] = field(default_factory=lambda: [-1])  # blocks read, from 1, -1: the last, []: all with a norm
+    levels: list[int] = field(
+        default_factory=lambda: [-1]
+    )  # blocks from 1, -1: the last, []: all with a norm (V-JEPA 2: its four)
     head: AttentiveConfig = field(default_factory=AttentiveConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     schedule: ProbeSchedule = field(default_factory=ProbeSchedule)
@@ -109,6 +116,7 @@ class ProbeConfig:
     augmented: bool = True  # false: training clips are the middle view of validation, the same in every epoch
     cache: CacheConfig = field(default_factory=CacheConfig)  # of tokens of clips that are the same every time
     state: str | None = None  # folder for the state of the fit, which then goes on after a stop
+    save_every: int = 500  # steps between two savings of the state
     workers: int = 0  # processes that decode videos; 0: this one does
     score_batch: int = 16  # videos at a time in scoring
     seed: int = 0
@@ -123,8 +131,11 @@ class ProbeConfig:
             )
         if self.is_anticipation and (self.data.train_files or self.data.validation_files):
             raise ValueError("ek100 reads its own tables: leave data.train_files and data.validation_files out")
-        if min(self.workers, self.score_batch - 1) < 0:
-            raise ValueError(f"workers={self.workers} must not be negative, score_batch={self.score_batch} at least 1")
+        if self.workers < 0 or min(self.score_batch, self.save_every) < 1:
+            raise ValueError(
+                f"workers={self.workers} must not be negative, score_batch={self.score_batch} and "
+                f"save_every={self.save_every} at least 1"
+            )
         if self.cache.folder is not None and (self.is_anticipation or self.clips.validation_offset == "random"):
             raise ValueError(
                 "cache.folder is set, but no clips are the same every time: leave it out for ek100 and with "
@@ -135,7 +146,7 @@ class ProbeConfig:
         """A digest of what decides the numbers of a fit; where the data lie is not among it."""
         kept = asdict(self)
         kept["dtype"] = kept.pop("cache")["dtype"]
-        for name in ("state", "workers", "score_batch", "source"):
+        for name in ("state", "save_every", "workers", "score_batch", "source"):
             kept.pop(name)
         kept["data"].pop("root")
         return config_hash(repr(kept))
@@ -146,10 +157,12 @@ class ProbeConfig:
 
     def blocks(self, encoder: Encoder) -> tuple[int, ...]:
         """The blocks that are read, from 0, for `dense_features.LevelFeatures`."""
-        depth = encoder.config.depth
-        blocks = tuple((depth if level == -1 else level) - 1 for level in self.levels) or encoder.levels
-        if without := [block + 1 for block in blocks if block not in encoder.levels]:
-            counted = [level + 1 for level in encoder.levels]
+        depth, readable = encoder.config.depth, readable_blocks(encoder)
+        blocks = tuple((depth if level == -1 else level) - 1 for level in self.levels)
+        if not blocks:  # all that have a norm; V-JEPA 2 has one for all
+            blocks = encoder.levels if len(encoder.levels) > 1 else V2_BLOCKS.get(depth, encoder.levels)
+        if without := [block + 1 for block in blocks if block not in readable]:
+            counted = [level + 1 for level in readable]
             raise ValueError(f"levels: block {without[0]} (from 1) has no norm in this encoder; {counted} have one")
         return blocks
 

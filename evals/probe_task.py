@@ -69,6 +69,13 @@ class ProbeTask(Protocol):
     def new_score(self, part: Part) -> Score: ...
 
 
+def split_training(keys: Sequence[str], config: ProbeConfig) -> tuple[list[int], list[int]]:
+    """Places of what heads are fitted on, and of what is held out to choose one: nothing where there is one head."""
+    if len(config.grid.settings()) == 1:
+        return list(range(len(keys))), []
+    return hold_out(keys, config.data.held_out, seed=config.seed)
+
+
 # --------------------------------------------------------------------------------------------------- classification
 
 
@@ -134,7 +141,7 @@ class ClassificationTask:
         validation = read_index(
             data.name, data.root, "validation", files=data.validation_files, skip_missing=data.skip_missing
         )
-        rest, held = hold_out([path.name for path in train.paths], data.held_out, seed=config.seed)
+        rest, held = split_training([path.name for path in train.paths], config)
         parts: dict[Part, FileIndex] = {
             "train": train.take(rest),
             "held_out": train.take(held),
@@ -239,7 +246,7 @@ class AnticipationTask:
         train, validation = (actions_on_disk(root, split, skip_missing=skip) for split in ("train", "validation"))
         classes = ActionClasses.of(train)
         keys = [f"{action.video}/{action.start}/{action.stop}" for action in train]
-        rest, held = hold_out(keys, config.data.held_out, seed=config.seed)
+        rest, held = split_training(keys, config)
         parts: dict[Part, Sequence[Action]] = {
             "train": [train[i] for i in rest],
             "held_out": [train[i] for i in held],

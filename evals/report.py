@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from evals.comparison import Comparison
+from evals.media import writing
 from evals.protocol import Row
 from evals.published import published_for
 from evals.results import PICTURES, columns, format_cell, summarise
@@ -34,7 +35,8 @@ def write_report(found: Comparison, out: Path, *, title: str) -> Path:
     parts += _pictures(found.rows, out / PICTURES)
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     path = out / REPORT
-    path.write_text(page + "\n".join(parts) + "\n")
+    with writing(path):
+        path.write_text(page + "\n".join(parts) + "\n")
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from evals.media import writing
 from evals.protocol import MODELS, TRAINED, UNTRAINED, Row
 
 RESULTS, SUMMARY = Path("evals") / "results.jsonl", "summary.json"
+SETTINGS = Path("evals") / "settings"  # RUN/evals/settings/DIGEST.json: what the rows of a digest were measured with
 PICTURES = "pictures"  # RUN/pictures/EVALUATION/MODEL/*.png
+
+
+log = logging.getLogger(__name__)
 
 
 class ResultsError(ValueError):
@@ -36,9 +42,29 @@ def append_results(run: Path | str, rows: Sequence[Row]) -> Path:
     """Add rows to RUN/evals/results.jsonl, which keeps every measurement: all of them arrive, or none."""
     path = Path(run) / RESULTS
     with _locked(path):
-        before = path.read_text() if path.is_file() else ""
-        _replace(path, before + "".join(json.dumps(row.to_json()) + "\n" for row in rows))
+        before = "".join(f"{line}\n" for line in whole_lines(path))
+        write_whole(path, before + "".join(json.dumps(row.to_json()) + "\n" for row in rows))
     return path
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a results file, [] where there is none; a last one that is torn is left out, and the log has it.
+
+    We write the file whole: torn lines come from copies that were cut off, and a row that is lost is measured again.
+    """
+    text = path.read_text() if path.is_file() else ""
+    lines = text.splitlines()
+    if lines and not text.endswith("\n") and not _is_json(lines[-1]):
+        log.warning("%s: its last line is torn and is left out: %s", path, lines.pop())
+    return lines
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def merge_summary(run: Path | str, rows: Sequence[Row]) -> Path:
@@ -64,7 +90,7 @@ def update_summary(run: Path | str, change: Callable[[dict[str, Any]], None]) ->
     with _locked(path):
         summary = _read_summary(path)
         change(summary)
-        _replace(path, json.dumps(summary, indent=2) + "\n")
+        write_whole(path, json.dumps(summary, indent=2) + "\n")
     return path
 
 
@@ -99,15 +125,18 @@ def _rows_of(summary: Mapping[str, Any], path: Path) -> list[Row]:
         ) from error
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a whole file beside its place and rename it: readers see the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with writing(path), temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the table

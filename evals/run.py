@@ -36,6 +36,10 @@ from vjepa.nn.init import WEIGHT_STD
 from vjepa.train.distributed import World, init_world, leave_process
 
 OUT, STAGE = Path("runs/evals"), "frozen"
+NO_MEMORY = (
+    "the GPU's memory is full: set a smaller score_batch (attentive), batch_clips (pooled) or batch size of the fit, "
+    "fewer heads in its grid, or share it with torchrun; the same command goes on behind what was finished"
+)
 PATIENCE = timedelta(hours=12)  # shares of ranks differ, and the main rank alone does what is not shared
 
 
@@ -164,6 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_shards(options)
     except (ValueError, OSError) as error:
         print(f"error: {f'rank {rank}: ' if num_ranks > 1 else ''}{error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {f'rank {rank}: ' if num_ranks > 1 else ''}{NO_MEMORY} ({error})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on behind the last evaluation that was finished", file=sys.stderr)

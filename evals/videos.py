@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_pipeline.decode import DecodeError, frames_at, open_decoder
 from evals.jf import Protocol
+from evals.media import writing
 from evals.protocol import NotThere
 
 DatasetName = Literal["davis2016", "davis2017", "youtube_vos", "folder"]
@@ -67,8 +68,9 @@ class AnnotatedVideo:
 
     @cached_property
     def object_ids(self) -> tuple[int, ...]:
-        """All objects that have a true mask anywhere, ascending."""
-        return tuple(sorted(self._ids(self.masks)))
+        """The objects that are scored, ascending: on DAVIS those of the first mask, otherwise all that have one."""
+        first = next(iter(self.masks), None)
+        return tuple(sorted(self._ids([first] if self.protocol == "davis" and first is not None else self.masks)))
 
     def _ids(self, frames: Iterable[str]) -> dict[int, str]:
         """Object -> the first of these frames that shows it."""
@@ -97,10 +99,11 @@ def read_mask(path: Path) -> np.ndarray:
 def write_mask(path: Path, ids: np.ndarray) -> None:
     """Object ids, uint8 [H, W], as a PNG with the colours that DAVIS uses."""
     assert ids.dtype == np.uint8, f"object ids must be uint8, got {ids.dtype}"
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(ids)
     picture.putpalette(PALETTE.tobytes())  # makes it a palette picture
-    picture.save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
 
 
 def _palette() -> np.ndarray:
@@ -220,7 +223,8 @@ def _whole(
     if absent and not skip_missing:
         raise DatasetError(
             f"{name}: {len(absent)} of {len(videos)} videos lack frames or masks in {root}: {listing(absent)}. It must "
-            f"hold {TREES[name]}. Pass --skip-missing to measure the others alone"
+            f"hold {TREES[name]}. To measure the others alone: data.skip_missing=true, or --skip-missing of "
+            "evals.tasks.tracking"
         )
     there = [video for video in videos if video.name not in absent]
     if not there:

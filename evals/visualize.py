@@ -26,7 +26,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from data_pipeline.clips import clip_times
-from data_pipeline.decode import frames_at, open_decoder
+from data_pipeline.decode import DecodeError, frames_at, open_decoder
 from data_pipeline.transforms import make_eval_view
 from evals.embed_config import GEOMETRY, Fit, make_config
 from evals.models import load_model
@@ -254,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_whole = is_film or options.whole or options.patch or options.patch_tokens
     try:
         (draw_video if is_whole else draw_clip)(options)
+    except DecodeError as error:
+        sys.exit(f"error: --clip {options.clip}: {error}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {options.out}")

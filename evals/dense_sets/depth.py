@@ -37,7 +37,12 @@ def depth_reader(unit: float, unknown: tuple[int, ...] = (0,)) -> Callable[[Path
     """A reader of 16-bit PNGs whose value 1 is `unit` metres."""
 
     def read(path: Path) -> Tensor:
-        values = png(path).astype(np.int64)
+        values = png(path)
+        if values.dtype.itemsize < 2:
+            raise DenseSetError(
+                f"{path} has 8 bits a pixel, a depth 16, with 1 for {unit:g} m: is it a picture of a depth?"
+            )
+        values = values.astype(np.int64)
         depth = torch.from_numpy(values.astype(np.float32)) * unit
         depth[torch.from_numpy(np.isin(values, unknown))] = 0
         return depth

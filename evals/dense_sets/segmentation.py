@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,7 +94,10 @@ def class_reader(classes: Mapping[int, int] | int) -> Callable[[Path], Tensor]:
         table[value] = number
 
     def read(path: Path) -> Tensor:
-        return table[torch.from_numpy(png(path)).long()]
+        values = torch.from_numpy(png(path).astype(np.int64))
+        if values.max() >= len(table):
+            raise DenseSetError(f"{path} has the value {values.max()}; classes are 8 bits a pixel, 0..255")
+        return table[values]
 
     return read
 

@@ -47,6 +47,11 @@ def write_state(found: Stateful, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's own where the disk is full
+        raise OSError(
+            f"{path}: the state of the fit cannot be written ({error}): make room there, or name another folder; the "
+            "fit goes on from the state before"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

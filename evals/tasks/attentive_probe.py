@@ -17,7 +17,7 @@ from evals.anticipation import AnticipationFeatures
 from evals.epic_kitchens import actions_on_disk
 from evals.features import FeatureSource
 from evals.grid import MAX_OVER_HEADS, Choice, HeadGrid, StateFile, choose, fit_grid, score_heads
-from evals.labelled_files import Split, read_index
+from evals.labelled_files import Split, check_splits, read_index
 from evals.probe_config import ProbeConfig
 from evals.probe_task import AnticipationTask, ClassificationTask, Part, ProbeTask, Score
 from evals.probe_tokens import Tokens
@@ -49,6 +49,7 @@ def describe_data(config: ProbeConfig) -> str:
     else:
         files = {"train": data.train_files, "validation": data.validation_files}
         indices = [read_index(data.name, data.root, s, files=files[s], skip_missing=data.skip_missing) for s in SPLITS]
+        check_splits(*indices)
         found = [f"{index.labels} {' '.join(map(str, index.paths))}" for index in indices]
     return f"{Path(data.root).resolve()} {found}"
 
@@ -114,7 +115,9 @@ def run(
     task = build_task(config, source)
     _check_parts(task, config)
     steps, tokens = num_steps(config, task.size("train")), Tokens.of(task, config, world)
-    state = None if config.state is None else StateFile(Path(config.state) / _state_name(config, source))
+    state = None
+    if config.state is not None:
+        state = StateFile(Path(config.state) / _state_name(config, source), config.save_every)
     stops = validation_steps(config, task.size("train"))
 
     def score(found: HeadGrid, part: Part) -> tuple[Mapping[str, float], ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evals.features import FeatureSource
-from evals.media import is_image
+from evals.media import is_image, writing
 from evals.pca import whitened_pca
 from evals.pooled_config import PcaConfig
 from evals.pooled_features import Media, features_of, read_files
@@ -36,7 +36,9 @@ def pca(source: FeatureSource, config: PcaConfig, pictures: Path, *, world: Worl
         frames = clip.permute(1, 2, 3, 0)  # [T, H, W, C]
         title = f"{path.name}: {source.name}, {share:.0%} of the variance"
         figure = pca_grid(frames, {"tokens": colours}, title=title, max_columns=columns)
-        figure.savefig(pictures / f"{number:02}_{path.stem}.png")
+        picture = pictures / f"{number:02}_{path.stem}.png"
+        with writing(picture):
+            figure.savefig(picture)
         return torch.tensor(share)
 
     table = read_files(features_of(source, config, world), paths, keep, config, skip_damaged=skip, world=world)

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -59,12 +59,11 @@ DEFAULT_SIZE = "vit_small"  # of `untrained` where no trained encoder says which
 # ---------------------------------------------------------------------------------------------------- masks on disk
 
 
-def score_video(video: AnnotatedVideo, predictions: Path) -> list[ObjectScore]:
-    """J and F of every object from PREDICTIONS/VIDEO/FRAME.png; only frames that count need to be there."""
+def score_video(video: AnnotatedVideo, predicted: Callable[[str], np.ndarray]) -> list[ObjectScore]:
+    """J and F of every object; `predicted` gives the ids of a frame by its name, and is asked for those that count."""
     scorer = _scorer(video)
     for index, frame in enumerate(video.masks):
-        path = predictions / video.name / f"{frame}.png"
-        scorer.add(index, video.mask(frame), read_mask(path) if scorer.is_scored(index) else None)
+        scorer.add(index, video.mask(frame), predicted(frame) if scorer.is_scored(index) else None)
     return scorer.scores()
 
 
@@ -96,7 +95,8 @@ def _score(options: argparse.Namespace) -> None:
     check_predictions(videos, options.predictions)
     objects: list[ObjectScore] = []
     for video in videos:
-        found = score_video(video, options.predictions)
+        folder = options.predictions / video.name
+        found = score_video(video, lambda frame, folder=folder: read_mask(folder / f"{frame}.png"))
         print(json.dumps({"sequence": video.name} | _shown(found, details=options.details)), flush=True)
         objects += found
     print(json.dumps({"sequence": MEAN} | _shown(objects, details=options.details)))
@@ -152,10 +152,13 @@ def track(
 def _track_video(
     video: AnnotatedVideo, tracker: Tracker, config: PropagationConfig, predictions: Path, device: torch.device
 ) -> list[ObjectScore]:
-    begin = time.monotonic()
+    """What is scored was predicted here: files may be another command's that writes to the same folder."""
+    begin, predicted = time.monotonic(), dict[str, np.ndarray]()
     for frame, ids in tracker.masks(video, config, device):
         write_mask(predictions / video.name / f"{frame}.png", ids)
-    found = score_video(video, predictions)
+        if frame in video.masks:
+            predicted[frame] = ids
+    found = score_video(video, predicted.__getitem__)
     mean = f"J&F {mean_scores(found)['J&F']:.3f}, " if found else ""
     seconds = (time.monotonic() - begin) / len(video.frames)
     print(f"{tracker.name}: {video.name}, {mean}{seconds:.2f} s a frame", file=sys.stderr, flush=True)

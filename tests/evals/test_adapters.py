@@ -1,6 +1,7 @@
 """Other encoders give what they give at home: their own normalisation, their patch tokens, no class tokens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from evals.adapters import CallableFeatures, Normalisation, load_transformers
 from evals.clip_protocol import encode_clips
 from evals.dense_features import LevelFeatures
 from evals.features import EncoderFeatures, FeatureSource
+from evals.probe_config import load_probe
 from vjepa.batch import normalise
+from vjepa.hub import from_pretrained
+from vjepa.nn.encoder import Encoder
+from vjepa.registry import model_config
 
 
 def random_clips(count: int = 2, frames: int = 4, size: int = 16) -> Tensor:
@@ -115,6 +120,32 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         load_transformers(tmp_path)
 
 
+def test_weights_that_are_missing_are_refused_and_not_drawn_at_random(tmp_path: Path) -> None:
+    """`transformers` only logs it: the rows of `trained` would be those of random weights."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder = save(tmp_path / "m", tiny_dinov2())
+    weights = safetensors.load_file(folder / "model.safetensors")
+    fewer = {name: value for name, value in weights.items() if "mask_token" not in name}
+    safetensors.save_file(fewer, folder / "model.safetensors", metadata={"format": "pt"})
+    load_transformers(folder)  # what no token depends on may be missing
+    renamed = {f"backbone.{name}": value for name, value in weights.items()}
+    safetensors.save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"m lacks .* weights of its model, such as embeddings"):
+        load_transformers(folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"cannot read .*m "):
+        load_transformers(folder)
+
+
+def test_weights_stored_in_bf16_are_computed_with_in_fp32(tmp_path: Path) -> None:
+    model, clips = tiny_vjepa2().to(torch.bfloat16), random_clips()
+    source = load_transformers(save(tmp_path / "m", model))
+    exact = model.float()
+    with torch.no_grad():
+        wanted = exact(normalise(clips).transpose(1, 2), skip_predictor=True).last_hidden_state
+    torch.testing.assert_close(source.tokens(clips).flatten(1, 3), wanted)
+
+
 def test_a_users_own_function_is_a_source() -> None:
     def patches(clips: Tensor) -> Tensor:  # [B, 3, T, H, W] -> the mean colour of each patch
         return torch.nn.functional.avg_pool3d(clips, (2, 8, 8)).flatten(2).transpose(1, 2)
@@ -147,3 +178,27 @@ def test_several_levels_lie_side_by_side_as_tokens_or_channels() -> None:
     first = LevelFeatures("e", encoder, encoder.levels[:1], join="tokens").tokens(clips)
     assert torch.equal(first, as_tokens[:, :2])
     assert not torch.equal(first, as_tokens[:, -2:])
+
+
+def test_an_encoder_with_one_norm_has_it_behind_every_block_that_is_read(tmp_path: Path) -> None:
+    """As V-JEPA 2's own code reads the four levels of Diving48 and Jester."""
+    model, clips = tiny_vjepa2(), random_clips()
+    encoder = from_pretrained(save(tmp_path / "m", model))
+    found = LevelFeatures("v2", encoder, (0, 1), join="tokens").tokens(clips)
+    with torch.no_grad():
+        outputs = model(normalise(clips).transpose(1, 2), skip_predictor=True, output_hidden_states=True)
+        wanted = [model.encoder.layernorm(state) for state in outputs.hidden_states[1:3]]
+    torch.testing.assert_close(found.flatten(1, 3), torch.cat(wanted, dim=1), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no level norm"):
+        LevelFeatures("v2", encoder, (2,))
+
+
+def test_levels_that_recipes_leave_open_are_the_papers() -> None:
+    config = load_probe("diving48", ["data.root=/data"])
+    for depth, blocks in ((24, (17, 19, 21, 23)), (40, (24, 29, 34, 39)), (6, (5,))):
+        one_norm = replace(model_config("vit_debug"), depth=depth, levels=(depth - 1,))
+        assert config.blocks(Encoder(one_norm)) == blocks
+    several = Encoder(model_config("vit_tiny"))
+    assert config.blocks(several) == several.levels
+    with pytest.raises(ValueError, match="has no norm in this encoder"):
+        load_probe("diving48", ["data.root=/data", "levels=[1]"]).blocks(several)

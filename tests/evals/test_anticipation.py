@@ -271,6 +271,13 @@ def test_what_is_missing_is_described(tmp_path: Path) -> None:
     (tmp_path / "EPIC_100_train.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="line 2: no video_id"):
         read_actions(tmp_path, "train")
+    for start in ("noon", "00:00:03.00"):  # the second is after its end
+        row = f"P01_01,{start},00:00:02.00,1,2\n"
+        (tmp_path / "EPIC_100_train.csv").write_text(
+            f"video_id,start_timestamp,stop_timestamp,verb_class,noun_class\n{row}"
+        )
+        with pytest.raises(ValueError, match=r"train\.csv, line 2: .*not a table of EPIC-Kitchens"):
+            read_actions(tmp_path, "train")
     with pytest.raises(DataMissing, match="video P07_02 is not below"):
         EpicVideos(tmp_path).find("P07_02")
     with pytest.raises(ValueError, match=r"clips\.segments=2 to 1"):

@@ -117,6 +117,19 @@ def test_a_state_goes_on_with_the_settings_and_files_it_is_of_alone(
         run(untrained(), fit(), about="weights")
 
 
+def test_the_state_is_kept_as_often_as_is_said(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a probe of many heads and clips may take minutes."""
+    kept: list[int] = []
+    monkeypatch.setattr("evals.grid.fit.write_state", lambda found, path: kept.append(found.step))
+    short = ["grid.lr=[1e-3]", "grid.weight_decay=[.1]", "schedule.epochs=2", "schedule.batch_size=16"]
+    config = config_of(videos, *short, f"state={tmp_path / 'state'}", "save_every=2")
+    steps = run(untrained(), config).grid.step
+    assert kept == [*range(2, steps, 2), steps]
+    assert config.numbers() == replace(config, save_every=1).numbers()
+    with pytest.raises(ConfigError, match="save_every=0 at least 1"):
+        config_of(videos, "save_every=0")
+
+
 def test_a_cached_file_is_read_for_its_digest_once(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,3 +173,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     write(tmp_path / "labels" / "train" / "000.png", scene(0)[0])
     with pytest.raises(DenseSetError, match="not a colour"):
         item.truth()
+
+
+def test_truths_of_other_bits_are_refused(tmp_path: Path) -> None:
+    """A picture of a depth has values up to 255 too: a quarter of a metre, and nobody would notice."""
+    write_camvid(tmp_path / "camvid", {"train": 1})
+    write_rgbd(tmp_path / "rgbd", 1)
+    write(tmp_path / "camvid" / "labels" / "train" / "000.png", np.full((HEIGHT, WIDTH), 300, dtype=np.uint16))
+    with pytest.raises(DenseSetError, match=r"000\.png has the value 300; classes are 8 bits"):
+        open_segmentation("camvid", tmp_path / "camvid", "train").items[0].truth()
+    (depth,) = (tmp_path / "rgbd").rglob("*.depth.png")
+    write(depth, np.full((HEIGHT, WIDTH), 200, dtype=np.uint8))
+    with pytest.raises(DenseSetError, match=r"has 8 bits a pixel, a depth 16, with 1 for 0\.001 m"):
+        open_depth("rgbd", tmp_path / "rgbd", "0:").items[0].truth()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+
 import numpy as np
 import pytest
 import torch
@@ -132,3 +134,12 @@ def test_colours_change_and_places_do_not() -> None:
         distort_colours(flat, np.random.default_rng(seed)).flatten(1).unique(dim=1).shape[1] == 1 for seed in range(9)
     )
     assert brighten(flat, 1.5).unique().tolist() == [150]
+
+
+def test_hue_turns_by_up_to_a_tenth_of_the_circle() -> None:
+    """36 degrees: mmsegmentation's 18 are of OpenCV's 180."""
+    image = torch.tensor([120, 80, 80], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 2)
+    found = [distort_colours(image, np.random.default_rng(seed))[:, 0, 0].tolist() for seed in range(300)]
+    hues = [360 * ((colorsys.rgb_to_hsv(*(value / 255 for value in pixel))[0] + 0.5) % 1 - 0.5) for pixel in found]
+    assert 33 < max(hues) < 40
+    assert -40 < min(hues) < -33

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.labelled_files import DATASETS, DataMissing, hold_out, read_index
+from evals.labelled_files import DATASETS, DataMissing, FileIndex, Split, check_splits, hold_out, read_index
 
 
 def touch(*paths: Path) -> None:
@@ -187,3 +187,50 @@ def test_what_is_held_out_depends_on_its_key_alone() -> None:
     assert hold_out(keys, 0.1, seed=1)[1] != held
     with pytest.raises(ValueError, match="share=1"):
         hold_out(keys, 1.0)
+
+
+def test_a_class_that_training_lacks_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    """Its files would be missing from the score without a word; hidden folders are no classes."""
+    touch(tmp_path / "train/a/1.mp4", tmp_path / "val/a/2.mp4", tmp_path / "train/.cache/3", tmp_path / "val/.cache/4")
+    assert read_index("folders", tmp_path, "validation").classes == ("a",)
+    touch(tmp_path / "val/A/5.mp4")
+    with pytest.raises(ValueError, match=r"val has 1 classes that .*train has not, such as 'A'"):
+        read_index("folders", tmp_path, "validation")
+
+
+def test_paths_of_a_list_may_hold_blanks_and_commas(tmp_path: Path) -> None:
+    touch(tmp_path / "a b.mp4", tmp_path / "c,d e.mp4")
+    (tmp_path / "train.csv").write_text("a b.mp4,3\nc,d e.mp4 4\nc,d e.mp4, 5\n")
+    index = read_index("folders", tmp_path, "train")
+    assert [path.name for path in index.paths] == ["a b.mp4", "c,d e.mp4", "c,d e.mp4"]
+    assert index.labels == (3, 4, 5)
+
+
+def test_an_annotation_that_is_damaged_is_named(tmp_path: Path) -> None:
+    make_ssv2(tmp_path)
+    file = tmp_path / "something-something-v2-train.json"
+    write_json(file, [{"id": "7"}])
+    with pytest.raises(ValueError, match=r"ssv2: an annotation of the split 'train' .*KeyError\('template'\)"):
+        read_index("ssv2", tmp_path, "train")
+    (tmp_path / "something-something-v2-labels.json").write_text('{"Holding something": "x"}')
+    with pytest.raises(ValueError, match=r"ssv2: an annotation of the split 'train' below .* literal for int"):
+        read_index("ssv2", tmp_path, "train")
+    make_ssv2(tmp_path)
+    file.write_text("[{")
+    with pytest.raises(ValueError, match=r"v2-train\.json is no readable JSON"):
+        read_index("ssv2", tmp_path, "train")
+
+
+def test_splits_that_share_files_or_ask_for_what_cannot_be_learnt_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    def index(split: Split, *names: str, labels: tuple[int, ...], classes: tuple[str, ...] = ("a", "b")) -> FileIndex:
+        return FileIndex("folders", split, tuple(map(Path, names)), labels, classes)
+
+    train = index("train", "1", "2", labels=(0, 1))
+    check_splits(train, index("validation", "3", labels=(1,)))
+    assert not caplog.records
+    check_splits(train, index("validation", "2", "3", labels=(1, 0)))
+    assert "1 of 2 validation files are training files too, such as 2" in caplog.text
+    check_splits(index("train", "1", labels=(0,)), index("validation", "3", labels=(1,)))
+    assert "1 classes of validation have no training file, such as b" in caplog.text
+    with pytest.raises(ValueError, match=r"validation has the label 2, training the labels 0\.\.1"):
+        check_splits(train, index("validation", "3", labels=(2,), classes=("a", "b", "c")))

@@ -19,6 +19,7 @@ from torch import Tensor
 import vjepa
 from evals.clip_protocol import ClipReader
 from evals.features import EncoderFeatures, FeatureSource, PixelFeatures
+from evals.media import list_media
 from evals.pca import whitened_pca
 from evals.pooled import evaluate
 from evals.pooled_config import PooledConfig, list_pooled, load_pooled
@@ -312,6 +313,15 @@ def test_damaged_files_are_named_or_left_out(
     (tmp_path / "1.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match="none of 2 files could be decoded"):
         scores(Colour(), settings("statistics", tmp_path, *VIDEOS, "data.skip_damaged=true"))
+
+
+def test_a_link_to_a_folder_above_is_walked_once(tmp_path: Path) -> None:
+    """It would be followed some forty times, and every file be there as often."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.mp4").write_bytes(b"")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert list_media(tmp_path) == [tmp_path / "a" / "1.mp4"]
 
 
 def test_folders_of_frames_are_videos_where_that_is_said(tmp_path: Path) -> None:

@@ -143,6 +143,16 @@ def test_a_probe_learns_the_motion_of_rendered_videos(tmp_path: Path) -> None:
     assert score.values()["accuracy_top5"] == 1
 
 
+def test_one_head_is_trained_on_all_of_the_training_set(tmp_path: Path) -> None:
+    """There is nothing to choose: what is held out would be lost."""
+    root = render(tmp_path, train=4, validation=1)
+    one = tiny_config(root, "data.held_out=.5", "grid.lr=[1e-3]", "grid.weight_decay=[.1]")
+    task = ClassificationTask.build(one, untrained())
+    assert (task.size("train"), task.size("held_out")) == (16, 0)
+    two = tiny_config(root, "data.held_out=.5", "grid.lr=[1e-3,1e-4]", "grid.weight_decay=[.1]")
+    assert 0 < ClassificationTask.build(two, untrained()).size("train") < 16
+
+
 def test_batches_hold_views_segments_and_labels(tmp_path: Path) -> None:
     config = tiny_config(
         render(tmp_path, train=4, validation=1), "clips.segments=2", "clips.views=3", "data.held_out=.3"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from evals.comparison import rows_by_digest
 from evals.protocol import EvalConfig, FitConfig, Focus, KnnConfig, Row, Score, Task
 from evals.results import (
     ResultsError,
@@ -124,9 +125,25 @@ def test_a_failed_write_leaves_the_old_results_and_no_row_of_the_new(
         raise OSError("disk full")
 
     monkeypatch.setattr("evals.results.os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"results\.jsonl cannot be written \(disk full\): make room"):
         append_results(tmp_path, [ROW] * 100)
     assert path.read_text() == before
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_a_last_line_that_is_torn_costs_its_own_row_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = append_results(tmp_path, [replace(ROW, digest="a"), replace(ROW, digest="b")])
+    path.write_text(path.read_text()[:-30])
+    assert list(rows_by_digest(tmp_path)) == ["a"]
+    assert "results.jsonl: its last line is torn and is left out" in caplog.text
+    append_results(tmp_path, [replace(ROW, digest="c")])
+    assert list(rows_by_digest(tmp_path)) == ["a", "c"]
+    path.write_text(path.read_text().rstrip("\n"))  # whole, though its end of line is missing
+    append_results(tmp_path, [replace(ROW, digest="d")])
+    assert list(rows_by_digest(tmp_path)) == ["a", "c", "d"]
+    path.write_text("torn\n" + path.read_text())
+    with pytest.raises(ResultsError, match="line 1 is no row"):
+        rows_by_digest(tmp_path)
 
 
 def test_whoever_reads_meanwhile_sees_a_whole_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from PIL import Image
 import vjepa
 from evals import pace
 from evals.cache import encoder_identity
-from evals.comparison import compare, rows_by_digest
-from evals.models import EncoderModel, ForeignModel, PixelModel, load_models
+from evals.comparison import compare, digest_of, rows_by_digest
+from evals.models import EncoderModel, ForeignModel, PixelModel, load_model, load_models
+from evals.protocol import Row
 from evals.published import PUBLISHED
 from evals.registry import DENSE, GLOBAL, GROUPS, LOADERS, find, names_of
 from evals.results import read_summary_rows
@@ -277,6 +279,15 @@ def test_a_set_whose_files_have_changed_is_another_set(tmp_path: Path) -> None:
     assert all(mine != theirs for mine, theirs in zip([each.open() for each in asked], before, strict=True))
 
 
+@pytest.mark.parametrize("version", ["NUMBERS_VERSION", "CLIPS_VERSION"])
+def test_rows_of_code_that_gave_other_numbers_are_not_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (asked,), model = find("camvid", ["data.root=/data"]), PixelModel(16, 2)
+    before = digest_of(asked, "files", model)
+    assert digest_of(asked, "files", model) == before
+    monkeypatch.setattr(f"evals.comparison.{version}", 2)
+    assert digest_of(asked, "files", model) != before
+
+
 def test_long_loops_say_how_far_they_are(
     sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +316,49 @@ def test_a_stopped_command_says_that_it_goes_on(
     )
     assert main(arguments(sets, model, tmp_path)) == 0
     assert capsys.readouterr().err.count("done before") == 4, "CamVid, of three models and a floor"
+
+    def fill(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(tracking, "score_video", fill)
+    assert main([*arguments(sets, model, tmp_path, suite="davis2017")[:-7], *SHORT[-2:], "--again"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the GPU's memory is full: set a smaller score_batch")
+    assert said.endswith("(tried to allocate 80 GiB)")
+
+
+def test_rows_have_their_settings_beside_them_and_a_summary_that_lacks_them_gets_them(
+    sets: Path, model: Path, tmp_path: Path
+) -> None:
+    """A command may be killed between two files."""
+    command = arguments(sets, model, tmp_path, suite="camvid")[:-2]
+    assert main(command) == 0
+    (digest,) = {row.digest for row in rows_of(tmp_path) if row.model == "trained"}
+    settings = json.loads((tmp_path / "evals" / "settings" / f"{digest}.json").read_text())
+    assert (settings["evaluation"], settings["model"]) == ("camvid", "trained")
+    assert settings["recipe"]["fit"]["steps"] == 20
+    before = (tmp_path / "summary.json").read_text()
+    (tmp_path / "summary.json").unlink()
+    assert main(command) == 0
+    assert (tmp_path / "summary.json").read_text() == before
+
+
+def test_a_full_disk_loses_no_row(
+    sets: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures are done without; rows that cannot be written are printed."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    monkeypatch.setattr("evals.results.os.fsync", full)
+    assert main(arguments(sets, model, tmp_path, suite="camvid")[:-2]) == 2
+    said = capsys.readouterr().err
+    assert "00.png cannot be written ([Errno 28] No space left on device): make room there" in said
+    assert "What was measured, to be added to " in said
+    row = Row(**json.loads(next(line for line in said.splitlines() if line.startswith("{"))))
+    assert (row.task, row.model) == ("linear_segmentation_camvid", "trained")
 
 
 def test_what_cannot_be_kept_is_said_before_it_is_measured(
@@ -384,6 +438,43 @@ def test_a_users_own_encoder_is_measured_by_the_command(tmp_path: Path, sets: Pa
     values = {row.model: row.value for row in rows_of(tmp_path) if row.task == "linear_segmentation_camvid"}
     assert set(values) == {"colours", "again", "rgb", "location_prior"}
     assert values["colours"] == values["again"] > 0.4, "classes are colours"
+
+
+def test_a_users_encoder_that_is_changed_is_another(tmp_path: Path) -> None:
+    """Its rows and cached features would be taken for those of the new one, whose weights are the same."""
+    file, identities = tmp_path / "mine.py", set()
+    for text in (USERS, USERS.replace('"colours, 1"', '"colours, 2"'), USERS.replace("avg_pool3d", "max_pool3d")):
+        file.write_text(text)
+        identities.add(load_model(f"py:{file}:load").identity)
+    assert len(identities) == 3
+
+
+def test_models_that_are_scored_on_different_pixels_are_said(sets: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """CamVid's view leaves out what is no whole patch; a model of other patches leaves out something else."""
+    for edges, lines in (("resize", 0), ("crop", 1)):
+        (asked,) = find("camvid", [f"data.root={sets}", f"view.edges={edges}"])
+        for patch in (16, 16, 14):
+            asked.rehearse(PixelModel(patch, 1))
+        assert len(caplog.records) == lines
+    assert (
+        "camvid: with patches of 16, 48 x 64 pixels of an image are scored, with patches of 14 42 x 56" in caplog.text
+    )
+
+
+def test_names_that_are_no_names_of_files_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--model a/b=\.\.\.: files and folders are called by this name"):
+        load_models(["a/b=untrained:vit_debug"])
+
+
+def test_images_that_are_trained_and_tested_on_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_rgbd(tmp_path / "rgbd", 4)
+    (asked,) = find("rgbd", [f"data.root={tmp_path}", "data.train_split=0:1", "data.test_split=1:"])
+    asked.open()
+    assert not caplog.records
+    (asked,) = find("rgbd", [f"data.root={tmp_path}", "data.train_split=0:2", "data.test_split=1:"])
+    asked.open()
+    assert "rgbd: 1 of 3 test images are training images too" in caplog.text
+    assert "data.train_split=0:2 and data.test_split=1:" in caplog.text
 
 
 @pytest.mark.parametrize(
