@@ -250,7 +250,7 @@ def test_what_cannot_be_is_refused(videos: Path) -> None:
         config_of(videos, "cache.folder=x", "clips.validation_offset=random")
     with pytest.raises(ConfigError, match=r"schedule\.val_every=0 must be at least 1"):
         config_of(videos, "schedule.val_every=0")
-    with pytest.raises(ConfigError, match="score_batch=0 at least 1"):
+    with pytest.raises(ConfigError, match="score_batch=0 and save_every=500 at least 1"):
         config_of(videos, "score_batch=0")
     config = config_of(videos, "data.held_out=.0001")
     with pytest.raises(ValueError, match="the part held_out is empty"):
