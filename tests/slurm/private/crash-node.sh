@@ -15,7 +15,7 @@ job_processes() {  # of the node in this cluster, and the daemons of their steps
         xargs -r grep -lzxF -- "SLURM_CONF=$dir/conf/slurm.conf" | grep -o '[0-9]*'; } 2>/dev/null || true)
     [ -n "$tasks" ] || return 0
     { echo "$tasks" && ps -o pid=,args= -p "$(ps -o ppid= -p "${tasks//$'\n'/,}" | paste -sd, | tr -d ' ')" |
-        awk '$2 == "slurmstepd:" { print $1 }'; } | sort -rnu
+        awk '$2 == "slurmstepd:" { print $1 }' || true; } | sort -rnu  # ps fails for one that has ended meanwhile
 }
 
 daemon=$(cat "$dir/run/slurmd.$node.pid")
