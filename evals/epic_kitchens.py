@@ -16,7 +16,8 @@ from torch import Tensor
 from data_pipeline.decode import Decoder
 from evals.anticipation import QUESTIONS, AnticipationConfig, context_end, context_times, draw_aim
 from evals.clip_protocol import ClipProtocol, training_clip, validation_views
-from evals.labelled_files import DataMissing, Split
+from evals.labelled_files import DataMissing
+from evals.labelled_layouts import Split
 from evals.media import FrameFolder, open_media
 
 log = logging.getLogger(__name__)

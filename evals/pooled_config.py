@@ -17,7 +17,8 @@ from evals.augment import AugmentConfig
 from evals.clip_protocol import ClipProtocol
 from evals.dense_config import RECIPES, CacheConfig
 from evals.grid import SGD, Setting, grid
-from evals.labelled_files import DATASETS, DataMissing, FileIndex, Split, check_splits, read_index
+from evals.labelled_files import DataMissing, FileIndex, check_splits, read_index
+from evals.labelled_layouts import DATASETS, Split
 from evals.media import is_image, list_media
 from evals.neighbours import NEIGHBOURS, TEMPERATURE
 from vjepa.config import ConfigError, config_hash, read_recipe, resolve
@@ -33,9 +34,9 @@ DINOV3_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 
 
 @dataclass
 class LabelledData:
-    """Videos or images with a class each, in a layout of `evals.labelled_files`."""
+    """Videos or images with a class each, in a layout of `evals.labelled_layouts`."""
 
-    name: str = "folders"  # one of evals.labelled_files.DATASETS; folders: train/CLASS/FILE, val/CLASS/FILE of your own
+    name: str = "folders"  # of labelled_layouts.DATASETS; folders: train/CLASS/FILE, val/CLASS/FILE of your own
     root: str = MISSING  # folder of the set; the error where it is not found says how it should look
     train_files: str | None = None  # list of 'path label' lines in place of the set's own
     validation_files: str | None = None

@@ -16,7 +16,7 @@ from evals.clip_protocol import ClipProtocol
 from evals.dense_config import CacheConfig
 from evals.dense_features import readable_blocks
 from evals.grid import Setting, grid
-from evals.labelled_files import DATASETS
+from evals.labelled_layouts import DATASETS
 from vjepa.config import ConfigError, config_hash, merge, read_recipe, to_object
 from vjepa.nn.encoder import Encoder
 
@@ -32,7 +32,7 @@ V2_BLOCKS = {
 class ProbeData:
     """Which labelled set, and where it lies."""
 
-    name: str  # one of evals.labelled_files.DATASETS, or ek100
+    name: str  # one of evals.labelled_layouts.DATASETS, or ek100
     root: str  # folder of the set; the error where it is not found says how it should look
     train_files: str | None = None  # list of 'path label' lines in place of the set's own
     validation_files: str | None = None

@@ -17,7 +17,8 @@ from evals.anticipation import AnticipationFeatures
 from evals.epic_kitchens import actions_on_disk
 from evals.features import FeatureSource
 from evals.grid import MAX_OVER_HEADS, Choice, HeadGrid, StateFile, choose, fit_grid, score_heads
-from evals.labelled_files import Split, check_splits, read_index
+from evals.labelled_files import check_splits, read_index
+from evals.labelled_layouts import Split
 from evals.probe_config import ProbeConfig
 from evals.probe_task import AnticipationTask, ClassificationTask, Part, ProbeTask, Score
 from evals.probe_tokens import Tokens

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from evals.features import FeatureSource
-from evals.labelled_files import FileIndex, Split
+from evals.labelled_files import FileIndex
+from evals.labelled_layouts import Split
 from evals.neighbours import knn_accuracy, leave_one_out_retrieval, retrieval_scores
 from evals.pooled_config import KnnConfig, LabelledConfig, LinearConfig, RetrievalConfig
 from evals.pooled_features import UNCHANGED, Change, pooled_table

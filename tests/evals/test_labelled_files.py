@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evals.labelled_files import DATASETS, DataMissing, FileIndex, Split, check_splits, hold_out, read_index
+from evals.labelled_files import DataMissing, FileIndex, check_splits, hold_out, read_index
+from evals.labelled_layouts import DATASETS, Split
 
 
 def touch(*paths: Path) -> None:

@@ -12,7 +12,7 @@ import vjepa
 from evals.anticipation import AnticipationFeatures
 from evals.dense_features import LevelFeatures
 from evals.features import EncoderFeatures
-from evals.labelled_files import DATASETS
+from evals.labelled_layouts import DATASETS
 from evals.probe_config import ProbeConfig, list_recipes, load_probe
 from evals.probe_task import AnticipationTask, ClassificationTask, FileClips, ProbeTask
 from tests.evals.rendered import MOTIONS, moving_square, write_video

@@ -12,27 +12,13 @@ from launch import after_job, scheduler
 from launch.job_order import JobOrder
 from launch.scheduler import NoAnswerError
 from launch.segments import read_segments
+from tests.slurm.orders import order_in
 
 
 @pytest.fixture
 def order(tmp_path: Path) -> JobOrder:
     """Of a job of two ranks that have left no note."""
-    order = JobOrder(
-        root=str(tmp_path),
-        run_dir=str(tmp_path),
-        stage="primary",
-        recipe="none",
-        snapshot=str(tmp_path),
-        code_hash="",
-        profile="private_test",
-        nodes=2,
-        tasks_per_node=1,
-        gpus_per_node=0,
-        max_restarts=20,
-        max_crashes=3,
-        rendezvous_s=60,
-        signal_delay_s=60,
-    )
+    order = order_in(tmp_path, nodes=2, tasks_per_node=1, snapshot=tmp_path)
     order.write()
     return order
 

@@ -16,6 +16,7 @@ from launch.job_order import JobOrder
 from launch.segments import Segment, read_segments
 from launch.slurm_submit import setup_lines, srun_arguments
 from tests.slurm.conftest import PrivateCluster, command, wait_until
+from tests.slurm.orders import order_in
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
@@ -40,22 +41,7 @@ class Fake:
 
 def start(folder: Path, *behaviour: str, max_restarts: int = 20) -> Fake:
     profile = load_profile("private_test", ["nodes=1", "tasks_per_node=2", "mem_gb=0.2"])
-    order = JobOrder(
-        root=str(folder),
-        run_dir=str(folder),
-        stage="primary",
-        recipe="none",
-        snapshot=str(ROOT),
-        code_hash="",
-        profile="private_test",
-        nodes=1,
-        tasks_per_node=2,
-        gpus_per_node=0,
-        max_restarts=max_restarts,
-        max_crashes=3,
-        rendezvous_s=60,
-        signal_delay_s=60,
-    )
+    order = order_in(folder, nodes=1, tasks_per_node=2, snapshot=ROOT, max_restarts=max_restarts)
     order.write()
     order.file("pkl").touch()
     order.file("sbatch").write_text(script(order, profile, behaviour))

@@ -123,7 +123,7 @@ def test_a_rank_that_dies_ends_the_job_in_seconds(cluster: PrivateCluster, tmp_p
     ranks = ranks_of(run.job)
     assert set(ranks) == {0, 1, 2, 3}
     os.kill(ranks[3], signal.SIGKILL)
-    wait_until(lambda: not ranks_of(run.job), lambda: f"ranks {ranks_of(run.job)} of a dead job run on", 120)
+    wait_until(lambda: not ranks_of(run.job), lambda: f"ranks {ranks_of(run.job)} of a dead job run on", 45)
     assert cluster.over(run.job, PATIENCE_S) == ["FAILED"]
 
 
