@@ -27,7 +27,7 @@ from evals.dense_sets import DenseSet
 from evals.floors import DEPTH_FLOORS, SEGMENTATION_FLOORS, TRACKING_FLOORS, DenseFloor, Floor
 from evals.labelled_files import DataMissing
 from evals.labelled_suite import read_splits, score_source
-from evals.media import stamp, writing
+from evals.media import stamp
 from evals.models import Model, PixelModel, rehearse_clips, show
 from evals.overlays import tracking_picture
 from evals.probe_config import ProbeConfig, load_probe
@@ -39,6 +39,7 @@ from evals.suites import SUITES
 from evals.tasks import attentive_probe, linear_depth, linear_segmentation
 from evals.tasks.tracking import Tracker, dataset_means, track, tracking_scores
 from evals.videos import AnnotatedVideo, DatasetError, DatasetName, open_dataset, read_frame, seen_categories
+from evals.whole_files import writing
 from vjepa.config import ConfigError, config_hash, merge, resolve
 from vjepa.train.distributed import World
 

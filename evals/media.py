@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import mimetypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +40,6 @@ def stamp(path: Path) -> str:
     """Size and time of a file: whoever writes it anew changes them."""
     found = path.stat()
     return f"{found.st_size}@{found.st_mtime_ns}"
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An error of the disk inside says which file it is about, which a full disk does not, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}): make room there, or name another folder") from error
 
 
 def list_media(root: Path, *, frame_folders: bool = False) -> list[Path]:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from evals.comparison import Comparison
-from evals.media import writing
 from evals.protocol import Row
 from evals.published import published_for
 from evals.results import PICTURES, columns, format_cell, summarise
+from evals.whole_files import writing
 
 REPORT = "report.html"
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1c1f24;max-width:72rem;margin:2rem auto;padding:0 1rem}

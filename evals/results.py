@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evals.media import writing
 from evals.protocol import MODELS, TRAINED, UNTRAINED, Row
+from evals.whole_files import whole_file, writing
 
 RESULTS, SUMMARY = Path("evals") / "results.jsonl", "summary.json"
 SETTINGS = Path("evals") / "settings"  # RUN/evals/settings/DIGEST.json: what the rows of a digest were measured with
@@ -126,17 +125,9 @@ def _rows_of(summary: Mapping[str, Any], path: Path) -> list[Row]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a whole file beside its place and rename it: readers see the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path), temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a text file whole or not at all; OSError with its name and what to do where the disk is full."""
+    with writing(path), whole_file(path) as file:
+        file.write(text.encode())
 
 
 # ------------------------------------------------------------------------------------------------------- the table

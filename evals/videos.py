@@ -18,8 +18,8 @@ from torch import Tensor
 
 from data_pipeline.decode import DecodeError, frames_at, open_decoder
 from evals.jf import Protocol
-from evals.media import writing
 from evals.protocol import NotThere
+from evals.whole_files import writing
 
 DatasetName = Literal["davis2016", "davis2017", "youtube_vos", "folder"]
 PICTURES, MASKS = (".jpg", ".jpeg", ".png"), (".png",)

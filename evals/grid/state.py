@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from evals.whole_files import whole_file
 
 FORMAT_VERSION = 1
 
@@ -39,21 +40,14 @@ class Stateful(Protocol):
 
 def write_state(found: Stateful, path: Path) -> None:
     """Write the state beside its place and rename it: a reader finds the old or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             torch.save(found.state_dict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's own where the disk is full
         raise OSError(
             f"{path}: the state of the fit cannot be written ({error}): make room there, or name another folder; the "
             "fit goes on from the state before"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_state(found: Stateful, path: Path) -> None:

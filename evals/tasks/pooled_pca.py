@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from evals.features import FeatureSource
-from evals.media import is_image, writing
+from evals.media import is_image
 from evals.pca import whitened_pca
 from evals.pooled_config import PcaConfig
 from evals.pooled_features import Media, features_of, read_files
 from evals.protocol import Score
 from evals.visualize import pca_grid
+from evals.whole_files import writing
 from vjepa.train.distributed import ALONE, World
 
 COLUMNS = 8  # of a picture: time steps, thinned out evenly where there are more

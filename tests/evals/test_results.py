@@ -124,7 +124,7 @@ def test_a_failed_write_leaves_the_old_results_and_no_row_of_the_new(
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("evals.results.os.fsync", fail)
+    monkeypatch.setattr("evals.whole_files.os.fsync", fail)
     with pytest.raises(OSError, match=r"results\.jsonl cannot be written \(disk full\): make room"):
         append_results(tmp_path, [ROW] * 100)
     assert path.read_text() == before

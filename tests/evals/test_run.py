@@ -352,7 +352,7 @@ def test_a_full_disk_loses_no_row(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("PIL.Image.Image.save", full)
-    monkeypatch.setattr("evals.results.os.fsync", full)
+    monkeypatch.setattr("evals.whole_files.os.fsync", full)
     assert main(arguments(sets, model, tmp_path, suite="camvid")[:-2]) == 2
     said = capsys.readouterr().err
     assert "00.png cannot be written ([Errno 28] No space left on device): make room there" in said
